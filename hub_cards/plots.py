@@ -1,0 +1,121 @@
+"""The pictures of a card, drawn from a run's `history`: only those whose numbers it holds.
+
+They are opaque white, for the Hub's dark page shows them too, and small enough (below 100 KB) to live in a repository.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+TRAINING, HELD_OUT, REFERENCE = "#7f9fc4", "#d1495b", "#6b7280"
+WIDE, HALF = (8.0, 3.6), (4.0, 2.9)  # Inches: of the card's text width, and of half of it with the same letter size.
+STYLE = {
+    "figure.facecolor": "white",
+    "savefig.dpi": 150,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": "#9ca3af",
+    "axes.labelcolor": "#374151",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e5e7eb",
+    "xtick.color": "#6b7280",
+    "ytick.color": "#6b7280",
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+}
+
+Point = tuple[float, float]
+
+
+def draw_curves(history: list[dict[str, Any]], metrics: dict[str, float], folder: Path) -> dict[str, str]:
+    """Draws the curves of a language model's training as PNG files into `folder`, which is created where needed.
+
+    Args:
+        history: Trainer's log, one dictionary a logged `step`.
+        metrics: the run's figures; the compressors' bits per byte among them become lines to compare with.
+
+    Returns the file's name for each picture drawn: of `loss`, `bits_per_byte` and `learning_rate`.
+    """
+    loss, held_out_loss = _points(history, "loss"), _points(history, "eval_loss")
+    bits_per_byte, learning_rate = _points(history, "eval_bits_per_byte"), _points(history, "learning_rate")
+    compressors = {
+        name: metrics[key]
+        for name, key in (("gzip -9", "gzip_bits_per_byte"), ("xz -9", "xz_bits_per_byte"))
+        if metrics.get(key) is not None
+    }
+
+    figures = {}
+    with matplotlib.rc_context(STYLE):
+        if max(len(loss), len(held_out_loss)) > 1:
+            figures["loss"] = _loss_figure(loss, held_out_loss, _points(history, "tokens_seen"))
+        if len(bits_per_byte) > 1:
+            figures["bits_per_byte"] = _bits_per_byte_figure(bits_per_byte, compressors)
+        if len(learning_rate) > 1:
+            figures["learning_rate"] = _learning_rate_figure(learning_rate)
+        for name, figure in figures.items():
+            figure.axes[0].set_xlim(left=0)
+            folder.mkdir(exist_ok=True)
+            figure.savefig(folder / f"{name}.png")
+    return {name: f"{name}.png" for name in figures}
+
+
+def _points(history: list[dict[str, Any]], key: str) -> list[Point]:
+    """`(step, value)` of every entry that has the value."""
+    return [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
+
+
+def _loss_figure(loss: list[Point], held_out_loss: list[Point], tokens_seen: list[Point]) -> Figure:
+    figure, axes = _figure(WIDE, title="Loss", y_label="cross-entropy (nats a token)")
+    if loss:
+        axes.plot(*zip(*loss, strict=True), color=TRAINING, label="training")
+    if held_out_loss:
+        axes.plot(*zip(*held_out_loss, strict=True), color=HELD_OUT, marker="o", markersize=4, label="held-out")
+    axes.legend()
+    if tokens_seen and tokens_seen[-1][1]:
+        # Steps read nearly as many tokens each, so the second scale is the first one times a constant.
+        tokens_per_step = tokens_seen[-1][1] / tokens_seen[-1][0]
+        top = axes.secondary_xaxis(
+            "top", (lambda step: step * tokens_per_step, lambda tokens: tokens / tokens_per_step)
+        )
+        top.xaxis.set_major_formatter(EngFormatter())
+        top.spines["top"].set_visible(False)
+        top.set_xlabel("tokens seen", loc="right")
+    return figure
+
+
+def _bits_per_byte_figure(bits_per_byte: list[Point], compressors: dict[str, float]) -> Figure:
+    figure, axes = _figure(HALF, title="Bits per byte, held-out", y_label="bits per byte of text")
+    axes.plot(*zip(*bits_per_byte, strict=True), color=HELD_OUT, marker="o", markersize=4)
+    for name, value in compressors.items():
+        axes.axhline(value, color=REFERENCE, linestyle="--", linewidth=1)
+        axes.annotate(
+            name, (1, value), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
+            ha="right", va="bottom", color=REFERENCE, fontsize=8,
+        )  # fmt: skip
+    return figure
+
+
+def _learning_rate_figure(learning_rate: list[Point]) -> Figure:
+    figure, axes = _figure(HALF, title="Learning rate", y_label="learning rate")
+    axes.plot(*zip(*learning_rate, strict=True), color=REFERENCE)
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
+    return figure
+
+
+def _figure(size: tuple[float, float], title: str, y_label: str) -> tuple[Figure, Axes]:
+    # Figure without pyplot: nothing global, and the Agg canvas whatever screen the machine has.
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel="step", ylabel=y_label)
+    axes.margins(x=0.02)
+    return figure, axes
