@@ -1,0 +1,85 @@
+"""Packing loses no token, predicts each once, and keeps documents apart."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_models.bpe_tokenizer import train_bpe
+from hf_models.llama_style import LlamaStyleConfig, LlamaStyleForCausalLM
+from training.packing import PackedBlockCollator, pack_documents
+from training.text_data import load_text_dataset
+
+BLOCK = 32
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return load_text_dataset("wikipedia_leads", "test").select(range(40))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(texts):
+    return train_bpe(texts["text"], 400)
+
+
+def documents_of(texts, tokenizer):
+    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    return [bos + tokenizer(text, add_special_tokens=False)["input_ids"] + eos for text in texts["text"]]
+
+
+def test_every_token_after_a_documents_first_is_predicted_exactly_once(texts, tokenizer):
+    packed = pack_documents(texts, tokenizer, BLOCK)
+    batch = PackedBlockCollator(BLOCK, tokenizer.pad_token_id)(list(packed))
+    predicted = batch["labels"][batch["labels"] != -100]
+    expected = torch.tensor([token for document in documents_of(texts, tokenizer) for token in document[1:]])
+    assert torch.equal(predicted.sort().values, expected.sort().values)
+    # What is shifted away inside the loss holds no label, so none is lost there.
+    assert (batch["labels"][:, 0] == -100).all()
+
+
+def test_documents_that_fit_a_block_are_never_cut(texts, tokenizer):
+    longest = max(map(len, documents_of(texts, tokenizer)))
+    packed = pack_documents(texts, tokenizer, longest)
+    pieces = {
+        tuple(row["input_ids"][start - length : start])
+        for row in packed
+        for length, start in zip(row["seq_lengths"], torch.tensor(row["seq_lengths"]).cumsum(0).tolist(), strict=True)
+    }
+    assert pieces == {tuple(document) for document in documents_of(texts, tokenizer)}
+
+
+def test_loss_over_packed_blocks_is_the_loss_over_the_documents_one_by_one(texts, tokenizer):
+    texts = texts.select(range(12))
+    documents = documents_of(texts, tokenizer)
+    longest = max(map(len, documents))
+    batch = PackedBlockCollator(longest + 5, tokenizer.pad_token_id)(
+        list(pack_documents(texts, tokenizer, longest + 5))
+    )
+    model = LlamaStyleForCausalLM(
+        LlamaStyleConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    for mode in (model.train, model.eval):
+        mode()
+        one_by_one = [model(torch.tensor([d]), labels=torch.tensor([d])).loss * (len(d) - 1) for d in documents]
+        expected = torch.stack(one_by_one).sum() / sum(len(document) - 1 for document in documents)
+        torch.testing.assert_close(model(**batch).loss, expected)
+
+
+def test_text_that_spells_a_special_token_ends_no_document(tokenizer):
+    text = f"before {tokenizer.eos_token} after"
+    packed = pack_documents(Dataset.from_dict({"text": [text]}), tokenizer, 64)
+    assert packed[0]["input_ids"].count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(packed[0]["input_ids"][1:-1]) == text
+
+
+def test_a_stream_is_packed_like_a_table(texts, tokenizer):
+    table = pack_documents(texts, tokenizer, BLOCK)
+    stream = pack_documents(texts.to_iterable_dataset(), tokenizer, BLOCK)
+    assert [row["input_ids"] for row in stream] == table["input_ids"][:]

@@ -1,0 +1,219 @@
+"""Pretraining as a user runs it: killed and resumed, on two processes, with bad input, and opened by a stranger."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_models.bpe_tokenizer import train_bpe
+from training.quickstart import PROMPTS, open_as_a_stranger
+from training.text_data import load_text_dataset
+
+REPOSITORY = Path(__file__).parent.parent
+TINY_MODEL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+ARGUMENTS = {
+    "size": "1m",
+    "config_overrides": json.dumps(TINY_MODEL | {"num_hidden_layers": 1}),
+    "precision": "fp32",
+    "block_size": 64,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 64,
+    "max_steps": 24,
+    "learning_rate": 0.01,
+    "logging_steps": 4,
+    "eval_steps": 12,
+    "save_steps": 6,
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A tokenizer, and texts few enough that the packing takes no time."""
+    folder = tmp_path_factory.mktemp("inputs")
+    texts = load_text_dataset("wikipedia_leads", "train").select(range(300))
+    texts.select(range(250)).to_parquet(folder / "texts" / "train.parquet")
+    texts.select(range(250, 300)).to_parquet(folder / "texts" / "test.parquet")
+    train_bpe(texts["text"], 400).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+def command(inputs, output_dir, launcher=(), **changes):
+    given = {"dataset": inputs / "texts", "tokenizer": inputs / "tokenizer", "output_dir": output_dir}
+    words = [str(word) for name, value in (given | ARGUMENTS | changes).items() for word in (f"--{name}", value)]
+    return [sys.executable, *launcher, "-m", "training.pretrain_lm", *words]
+
+
+def run(*args, **changes):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(*args, **changes), cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def losses(folder):
+    """Step and value of every loss that the run recorded, in training and held-out."""
+    history = json.loads((folder / "run.json").read_text())["history"]
+    return [(e["step"], name, e[name]) for e in history for name in ("loss", "eval_loss", "grad_norm") if name in e]
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    ended = run(inputs, folder)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def test_the_run_learns_and_records_what_it_did(finished):
+    record = json.loads((finished / "run.json").read_text())
+    train_losses = [value for _, name, value in losses(finished) if name == "loss"]
+    assert train_losses[-1] < train_losses[0] - 0.5
+    assert record["status"] == "finished"
+    metrics, train = record["metrics"], record["data"]["train"]
+    assert train["documents"] == 250
+    # nats a token -> bits a byte, by the counts of the held-out text
+    predicted = count_predicted_tokens(finished)
+    bits = metrics["eval_loss"] / torch.log(torch.tensor(2.0)).item() * predicted / record["data"]["eval"]["bytes"]
+    assert metrics["eval_bits_per_byte"] == pytest.approx(bits, rel=1e-4)
+    assert metrics["eval_perplexity"] == pytest.approx(torch.tensor(metrics["eval_loss"]).exp().item(), rel=1e-4)
+    assert 0 < metrics["matmul_share"] < 1
+    assert {sample["step"] for sample in record["samples"]} == {12, 24}
+    machine_paths = [line for line in (finished / "run.json").read_text().splitlines() if str(Path.home()) in line]
+    assert not machine_paths
+
+
+def count_predicted_tokens(finished):
+    from transformers import AutoTokenizer
+
+    record = json.loads((finished / "run.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / record["tokenizer"]["path"])
+    held_out = load_text_dataset(str(REPOSITORY / record["data"]["eval"]["dataset"]), "test")
+    # bos predicts nothing; eos is predicted
+    return sum(len(ids) + 1 for ids in tokenizer(held_out["text"][:], add_special_tokens=False)["input_ids"])
+
+
+def test_the_folder_opens_where_hf_models_is_not_installed(finished, capfd):
+    open_as_a_stranger(finished, PROMPTS)
+    printed = capfd.readouterr().out
+    assert all(prompt in printed for prompt in PROMPTS)
+    names = {path.suffix for path in finished.iterdir() if path.is_file()}
+    assert names == {".json", ".py", ".safetensors", ".jinja", ".md"}
+    assert (finished / "card_assets" / "loss.png").stat().st_size > 1000
+
+
+def test_killed_at_any_moment_and_resumed_it_gives_the_same_losses_to_the_bit(inputs, finished, tmp_path):
+    folder = tmp_path / "killed"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # The first kill comes as soon as a checkpoint is being written, the second some time after a later one.
+    for awaited, delay in (("checkpoint_partial", 0.0), ("checkpoint-12", 0.05)):
+        process = subprocess.Popen(
+            command(inputs, folder), cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        deadline = time.monotonic() + 120
+        while not (folder / awaited).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert json.loads((folder / "run.json").read_text())["status"] in ("running", "finished")
+    ended = run(inputs, folder)
+    assert ended.returncode == 0, ended.stderr
+    assert losses(folder) == losses(finished)
+    ours, theirs = load_file(folder / "model.safetensors"), load_file(finished / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_killed_after_its_last_checkpoint_it_takes_no_step_more(inputs, finished, tmp_path):
+    folder = tmp_path / "last"
+    ended = run(inputs, folder)
+    assert ended.returncode == 0, ended.stderr
+    content = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(content | {"status": "running"}))
+    (folder / "model.safetensors").unlink()
+    ended = run(inputs, folder)
+    assert ended.returncode == 0, ended.stderr
+    assert losses(folder) == losses(finished)
+    assert torch.equal(
+        load_file(folder / "model.safetensors")["model.norm.weight"],
+        load_file(finished / "model.safetensors")["model.norm.weight"],
+    )
+
+
+def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(inputs, finished, tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571")
+    ended = run(inputs, tmp_path / "two", launcher, per_device_train_batch_size=4)
+    assert ended.returncode == 0, ended.stderr
+    one, two = losses(finished), losses(tmp_path / "two")
+    assert [entry[:2] for entry in one] == [entry[:2] for entry in two]
+    torch.testing.assert_close(
+        torch.tensor([value for *_, value in two]), torch.tensor([value for *_, value in one]), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_gradient_accumulation_gives_the_losses_of_the_whole_batch(inputs, finished, tmp_path):
+    ended = run(
+        inputs, tmp_path / "run", per_device_train_batch_size=2, gradient_accumulation_steps=4, eval_strategy="no"
+    )
+    assert ended.returncode == 0, ended.stderr
+    accumulated = [value for _, name, value in losses(tmp_path / "run") if name == "loss"]
+    whole = [value for _, name, value in losses(finished) if name == "loss"]
+    assert accumulated == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_stream_trains(inputs, tmp_path):
+    ended = run(inputs, tmp_path / "run", streaming=True, max_steps=12)
+    assert ended.returncode == 0, ended.stderr
+    train_losses = [value for _, name, value in losses(tmp_path / "run") if name == "loss"]
+    assert train_losses[-1] < train_losses[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_batch(inputs, tmp_path):
+    ended = run(inputs, tmp_path / "run", learning_rate=1e30, max_grad_norm=1e30, save_steps=1, logging_steps=1)
+    assert ended.returncode == 2
+    error = ended.stderr.strip().splitlines()[-1]
+    assert "Error: Stopped at step" in error
+    assert "whose first row begins" in error
+    assert "checkpoint-" in error
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"].startswith("stopped at step")
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        assert all(value.isfinite().all() for value in load_file(checkpoint / "model.safetensors").values())
+
+
+def refused(inputs, tmp_path, **changes):
+    ended = run(inputs, tmp_path / "run", **changes)
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "run").exists()
+    return ended.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"block_size": 4096}, "--block_size 4096 does not fit the model's context of 1024 tokens"),
+        (
+            {"config_overrides": '{"hidden_size": 100, "num_attention_heads": 3}'},
+            "num_attention_heads (3) does not divide hidden_size (100)",
+        ),
+        ({"size": "9b"}, "--size '9b' is not known: take one of 1m"),
+        ({"text_column": "body"}, "no column 'body', only text"),
+        ({"tokenizer": "nowhere"}, "nowhere"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence_before_anything_is_written(inputs, tmp_path, changes, sentence):
+    assert sentence in refused(inputs, tmp_path, **changes)
+
+
+def test_an_empty_text_file_is_refused(inputs, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    assert "is empty (0 bytes)" in refused(inputs, tmp_path, dataset=tmp_path / "empty.txt")

@@ -1,0 +1,69 @@
+"""What all commands share: fields from dataclasses, a recipe or the command line; mistakes told in one line."""
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl.scripts.utils import TrlParser
+
+RECIPE_HELP = (
+    "--config FILE.yaml reads any of the fields below from a recipe, and environment variables from its key `env`; "
+    "fields on the command line come before the recipe's."
+)
+
+
+def parse_arguments(*dataclass_types: type, description: str = "") -> tuple[Any, ...]:
+    """One instance of each dataclass, from `--config FILE.yaml` and `--field value` on the command line.
+
+    Last comes a dictionary of the fields that recipe or command line name, with their parsed values: what was asked
+    for, without the defaults.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        ValueError: a recipe that is no YAML mapping, or a field that no dataclass has, in the recipe or outside.
+    """
+    # TrlParser takes the recipe only as a word of its own, and its field names only as they are spelt.
+    words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    recipe = words[words.index("--config") + 1 :][:1] if "--config" in words else ["(no recipe)"]
+    if not recipe:
+        raise ValueError("--config has no value: name a recipe, such as training/recipes/.../quickstart.yaml.")
+    parser = TrlParser(dataclass_types, description=f"{description} {RECIPE_HELP}", allow_abbrev=False)
+    try:
+        *parsed, unknown_in_recipe, unknown_words = parser.parse_args_and_config(
+            words, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except yaml.YAMLError as error:
+        raise ValueError(f"{recipe[0]} is not valid YAML: {' '.join(str(error).split())}") from error
+    known = [field.name for dataclass_type in dataclass_types for field in fields(dataclass_type) if field.init]
+    # The parser returns a recipe's unknown entries as --key value --key value.
+    for place, unknown in ((recipe[0], unknown_in_recipe[::2]), ("the command line", unknown_words)):
+        if unknown:
+            name = unknown[0].removeprefix("--").split("=")[0]
+            similar = difflib.get_close_matches(name, known, n=1)
+            mend = f"did you mean {similar[0]!r}?" if similar else "--help lists the fields there are."
+            raise ValueError(f"Unknown field {name!r} in {place}: {mend}")
+    named = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    if "--config" in words:
+        named |= set(yaml.safe_load(Path(recipe[0]).read_text(encoding="utf-8")))
+    given = {name: getattr(instance, name) for instance in parsed for name in vars(instance) if name in named}
+    return *parsed, given
+
+
+@contextlib.contextmanager
+def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Ends the program with one line on stderr and exit status 2 at an error of `kinds`.
+
+    The default, ValueError and OSError, is for the parts of a command that read and check what the user gave. Around
+    a training loop it would hide where a defect of ours is: name the one error that is meant there.
+    """
+    kinds = kinds or (ValueError, OSError)
+    try:
+        yield
+    except kinds as error:
+        print("Error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,78 @@
+"""From documents to blocks: tokenise once, pack whole documents into fixed blocks, batch them without a mask.
+
+A document is `bos, tokens, eos`. One longer than a block is cut into pieces that overlap by one token, so that every
+token but the first of a document is predicted exactly once: losses over packed text compare with losses over the
+documents themselves, and bits per byte count every byte. Pieces are packed best-fit (arXiv 2404.10830) by TRL's
+`pack_dataset`, which cuts nothing further. In a batch, `position_ids` restart with each piece and no attention mask is
+given: that is how transformers' attention functions are told that the pieces must not see each other.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl import pack_dataset
+
+
+def pack_documents(
+    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> Dataset | IterableDataset:
+    """Rows `text` to rows `input_ids` (at most `block_size` tokens) with `seq_lengths`, the pieces' lengths in them."""
+    pieces = dataset.map(
+        _tokenize,
+        batched=True,
+        remove_columns=["text"],
+        fn_kwargs={"tokenizer": tokenizer, "block_size": block_size},
+        **_progress(dataset, "Tokenising"),
+    )
+    return pack_dataset(pieces, block_size, strategy="bfd_split", map_kwargs=_progress(dataset, "Packing"))
+
+
+def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, block_size: int) -> dict[str, list]:
+    # Text that spells a special token is text: a web page must not be able to end a document.
+    encoded = tokenizer(
+        batch["text"],
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    pieces = []
+    for ids in encoded:
+        document = bos + ids + [tokenizer.eos_token_id]
+        pieces += [document[i : i + block_size] for i in range(0, max(1, len(document) - 1), block_size - 1)]
+    return {"input_ids": pieces}
+
+
+def _progress(dataset: Dataset | IterableDataset, description: str) -> dict[str, str]:
+    return {"desc": description} if isinstance(dataset, Dataset) else {}
+
+
+@dataclass
+class PackedBlockCollator:
+    """Batches packed rows: `input_ids`, `position_ids`, `labels`, each `(batch, block_size)`.
+
+    A piece's first token has no context, so it is no label; neither is the padding, which counts as one more piece.
+    """
+
+    block_size: int
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        shape = (len(rows), self.block_size)
+        input_ids = torch.full(shape, self.pad_token_id)
+        labels = torch.full(shape, -100)
+        position_ids = torch.empty(shape, dtype=torch.long)
+        for i, row in enumerate(rows):
+            filled = len(row["input_ids"])
+            input_ids[i, :filled] = labels[i, :filled] = torch.as_tensor(row["input_ids"])
+            start = 0
+            for length in [*row["seq_lengths"], self.block_size - filled]:
+                position_ids[i, start : start + length] = torch.arange(length)
+                start += length
+        labels[position_ids == 0] = -100
+        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}

@@ -1,0 +1,406 @@
+"""Pretrains a LLaMA-style causal language model on text.
+
+    python -m training.pretrain_lm --config training/recipes/llama_style/pretrain_quickstart.yaml
+    accelerate launch --config_file training/accelerate_configs/ddp.yaml -m training.pretrain_lm --config ...
+
+Reads a tokenizer folder and a text data set; writes a model folder with its `run.json` and card. The same command again
+goes on from the last checkpoint, or says that the run is finished. Fields are those of `PretrainArguments` below and of
+transformers' `TrainingArguments`.
+"""
+
+import gzip
+import json
+import lzma
+import math
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_models.llama_style import LlamaStyleConfig, LlamaStyleForCausalLM
+from hf_models.llama_style.checkpoints import load_checkpoint
+from hf_models.llama_style.sizes import SIZES
+from hub_cards.build_card import build_card
+
+from .command_line import parse_arguments, plain_errors
+from .matmul_peak import choose_precision, matmul_peak
+from .packing import PackedBlockCollator, pack_documents
+from .run_folder_trainer import (
+    CHECKPOINT_BYTES_PER_PARAMETER,
+    NonFiniteError,
+    RunFolderMixin,
+    check_disk_space,
+    prepare_to_resume,
+)
+from .run_record import RunRecord
+from .text_data import TextDataArguments, describe_texts, load_text_dataset
+
+SAMPLE_TOKENS = 64
+# A stream is shuffled within a window of so many blocks.
+SHUFFLED_BLOCKS = 10_000
+# More text than this is not compressed for comparison: xz takes a second for every two megabytes.
+COMPRESSED_BYTES = 2**24
+
+
+@dataclass
+class PretrainArguments(TextDataArguments):
+    tokenizer: str = field(
+        default="runs/quickstart/tokenizer", metadata={"help": "Folder or Hub id of the tokenizer to use."}
+    )
+    size: str = field(default="6m", metadata={"help": f"Shape of a new model: {', '.join(SIZES)}."})
+    config_overrides: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Config fields other than the size\'s, as JSON: {"num_hidden_layers": 4}.'},
+    )
+    model: str | None = field(
+        default=None, metadata={"help": "Folder of a model to train on (ours or transformers' Llama); no new one then."}
+    )
+    attn_implementation: str = field(
+        default="sdpa",
+        metadata={"help": "sdpa, flash_attention_2 (GPUs), flex_attention, or eager (short blocks in bf16 on a CPU)."},
+    )
+    block_size: int = field(default=512, metadata={"help": "Length of a training block, in tokens."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Text to evaluate on, as --dataset, which it defaults to."}
+    )
+    eval_dataset_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    precision: str = field(
+        default="auto",
+        metadata={"help": "fp32, bf16 (autocast), or auto: bf16 where this machine multiplies clearly faster in it."},
+    )
+    sample_prompts: list[str] = field(
+        default_factory=lambda: ["The river", "In mathematics,"],
+        metadata={"help": "Texts that the model continues at each evaluation."},
+    )
+
+    def __post_init__(self):
+        if isinstance(self.config_overrides, str):
+            self.config_overrides = json.loads(self.config_overrides)
+        if self.size not in SIZES:
+            raise ValueError(f"--size {self.size!r} is not known: take one of {', '.join(SIZES)}.")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"--precision is {self.precision!r}: take auto, fp32 or bf16.")
+
+
+@dataclass
+class OptimizationArguments(TrainingArguments):
+    """`TrainingArguments` with the defaults of LLaMA's pretraining (arXiv 2302.13971, section 2.3)."""
+
+    output_dir: str = field(default="runs/pretrain_lm", metadata={"help": "The run folder."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Or warmup_stable_decay, ..."})
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Options of the schedule, as JSON."}
+    )
+    weight_decay: float = field(default=0.1, metadata={"help": "Decay of matrices; norms and biases have none."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.logging_nan_inf_filter = False  # it would hide behind an average the loss at which we stop
+        self.remove_unused_columns = False  # the collator reads more columns than the model
+        self.dataloader_pin_memory = torch.cuda.is_available()
+
+
+class PretrainTrainer(RunFolderMixin, Trainer):
+    """Counts tokens, decays matrices only, and evaluates in sums over tokens rather than means over batches."""
+
+    def __init__(self, *args, eval_bytes: int | None, **kwargs):
+        super().__init__(
+            *args, preprocess_logits_for_metrics=token_losses, compute_metrics=self._loss_per_token, **kwargs
+        )
+        self.eval_bytes = eval_bytes
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def units_in_step(self, inputs, num_items_in_batch):
+        return num_items_in_batch
+
+    def describe_batch(self, inputs):
+        beginning = self.processing_class.decode(inputs["input_ids"][0, :24], skip_special_tokens=True)
+        return f"whose first row begins {beginning!r}"
+
+    def _loss_per_token(self, prediction) -> dict[str, float]:
+        predicted = prediction.label_ids[:, 1:] != -100
+        loss = float(prediction.predictions[predicted].astype("float64").mean())
+        metrics = {"loss_per_token": loss, "perplexity": math.exp(min(loss, 700.0))}
+        if self.eval_bytes:
+            metrics["bits_per_byte"] = loss * int(predicted.sum()) / math.log(2) / self.eval_bytes
+        return metrics
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Trainer's own loss is a mean over batches of means, whose weight depends on how full each batch is.
+        output.metrics[f"{metric_key_prefix}_loss"] = output.metrics.pop(f"{metric_key_prefix}_loss_per_token")
+        return output
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`logits (batch, length, vocab)`, `labels (batch, length)` -> `(batch, length - 1)`, nats; 0 where no label is."""
+    return nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+
+
+class SampleCallback(TrainerCallback):
+    """Continues the prompts at each evaluation, always from the same random numbers."""
+
+    def __init__(self, record: RunRecord, tokenizer: PreTrainedTokenizerBase, prompts: list[str]):
+        self.record, self.tokenizer, self.prompts = record, tokenizer, prompts
+
+    def on_evaluate(self, args, state, control, model, **kwargs):
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            texts = [continue_text(model, self.tokenizer, p, do_sample=True, temperature=0.8) for p in self.prompts]
+        if not state.is_world_process_zero:
+            return
+        new = [{"step": state.global_step, "prompt": p, "text": t} for p, t in zip(self.prompts, texts, strict=True)]
+        kept = [sample for sample in self.record.content["samples"] if sample["step"] < state.global_step]
+        self.record.save(samples=kept + new)
+        for text in texts:
+            print(f"  | {text!r}")
+
+
+def continue_text(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, **options) -> str:
+    """The prompt and up to 64 more tokens."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    was_training = model.training
+    model.eval()
+    ids = model.generate(**inputs, max_new_tokens=SAMPLE_TOKENS, **options)
+    model.train(was_training)
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The tokenizer {name!r} cannot be opened: give a folder (`python -m training.train_tokenizer` makes one) "
+            f"or a Hub id. {error}"
+        ) from error
+
+
+def build_model(arguments: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> LlamaStyleForCausalLM:
+    """A new model of the asked size and the tokenizer's vocabulary, or the one in the folder `arguments.model`."""
+    if arguments.model is not None:
+        model = load_checkpoint(arguments.model)
+        model.set_attn_implementation(arguments.attn_implementation)
+        if model.config.vocab_size < len(tokenizer):
+            raise ValueError(
+                f"{arguments.model} has {model.config.vocab_size} token embeddings and {arguments.tokenizer} has "
+                f"{len(tokenizer)} tokens: give the model's own tokenizer."
+            )
+        return model
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    fields = (
+        SIZES[arguments.size].config | {"vocab_size": len(tokenizer)} | special | (arguments.config_overrides or {})
+    )
+    return LlamaStyleForCausalLM._from_config(
+        LlamaStyleConfig(**fields), attn_implementation=arguments.attn_implementation
+    )
+
+
+def check_arguments(arguments: PretrainArguments, training: OptimizationArguments, model, tokenizer) -> None:
+    """What can be told wrong before any text is read."""
+    context = model.config.max_position_embeddings
+    if not 2 <= arguments.block_size <= context:
+        raise ValueError(
+            f"--block_size {arguments.block_size} does not fit the model's context of {context} tokens "
+            "(max_position_embeddings): give 2 or more and at most that."
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer {arguments.tokenizer} has no eos token, which ends a document: add one.")
+    if arguments.streaming and training.max_steps <= 0:
+        raise ValueError("A stream has no known length: give --max_steps.")
+    kept = (training.save_total_limit or 1) + 1
+    if training.save_strategy != "no":
+        check_disk_space(Path(training.output_dir), kept * CHECKPOINT_BYTES_PER_PARAMETER * model.num_parameters())
+
+
+def load_texts(
+    arguments: PretrainArguments, evaluates: bool
+) -> tuple[Dataset | IterableDataset, Dataset | None, dict[str, Any]]:
+    """Training and held-out documents, and the description of both for `run.json`."""
+    options = {"text_column": arguments.text_column, "config": arguments.dataset_config}
+    train = load_text_dataset(arguments.dataset, arguments.dataset_split, streaming=arguments.streaming, **options)
+    data = {"train": describe_texts(train, arguments.dataset, arguments.dataset_split)}
+    if not evaluates:
+        return train, None, data
+    name, split = arguments.eval_dataset or arguments.dataset, arguments.eval_dataset_split
+    held_out = load_text_dataset(name, split, **options)
+    data["eval"] = describe_texts(held_out, name, split)
+    return train, held_out, data
+
+
+def compressed_bits_per_byte(texts: Dataset) -> dict[str, float]:
+    """What general compressors make of the held-out text: the yardstick beside the model's bits per byte."""
+    joined = "\n\n".join(texts["text"]).encode()
+    if len(joined) > COMPRESSED_BYTES:
+        return {}
+    compressed = {"gzip": gzip.compress(joined, 9), "xz": lzma.compress(joined, preset=9)}
+    return {f"{name}_bits_per_byte": round(8 * len(packed) / len(joined), 4) for name, packed in compressed.items()}
+
+
+def flops_per_token(model: nn.Module) -> float:
+    """Six for each weight that a token is multiplied with (arXiv 2001.08361, section 2.1); attention is not counted."""
+    weights = model.num_parameters()
+    if not model.config.tie_word_embeddings:
+        weights -= model.get_input_embeddings().weight.numel()
+    return 6.0 * weights
+
+
+def describe_training(
+    arguments: PretrainArguments, training: OptimizationArguments, train: Dataset | IterableDataset, peak: float
+) -> dict[str, Any]:
+    """What the run came down to once every default was filled in."""
+    blocks_per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    description = {
+        "precision": "bf16" if training.bf16 else "fp32",
+        "block_size": arguments.block_size,
+        "tokens_per_step": blocks_per_step * arguments.block_size,
+        "matmul_peak_gflops": round(peak / 1e9, 1),
+    }
+    for name in (
+        "seed",
+        "learning_rate",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "warmup_steps",
+        "adam_beta1",
+        "adam_beta2",
+        "weight_decay",
+        "max_grad_norm",
+    ):
+        description[name] = getattr(training, name)
+    if isinstance(train, Dataset):
+        tokens = sum(pc.sum(chunk).as_py() for chunk in pc.list_flatten(train.data["seq_lengths"]).chunks)
+        description |= {"blocks": len(train), "block_fill": round(tokens / (len(train) * arguments.block_size), 4)}
+    return description
+
+
+def final_metrics(history: list[dict[str, float]]) -> dict[str, float]:
+    """The last evaluation and loss of a run, and its median speed."""
+    steps = [entry for entry in history if "loss" in entry]
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    metrics = {"train_loss": steps[-1]["loss"], "tokens_seen": steps[-1]["tokens_seen"]}
+    for name in ("tokens_per_second", "matmul_share"):
+        metrics[name] = statistics.median(entry[name] for entry in steps)
+    for name in ("eval_loss", "eval_perplexity", "eval_bits_per_byte"):
+        if evaluations and name in evaluations[-1]:
+            metrics[name] = evaluations[-1][name]
+    return metrics
+
+
+def prepare() -> tuple[PretrainTrainer, str | None] | None:
+    """Everything up to the first step: reads and checks what the user gave, opens the run folder, packs the text.
+
+    Returns the trainer and the checkpoint to go on from; None where the folder holds this run, finished.
+    """
+    arguments, training, given = parse_arguments(PretrainArguments, OptimizationArguments, description=__doc__)
+    set_seed(training.seed)
+    is_main_process = training.process_index == 0
+
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    model = build_model(arguments, tokenizer)
+    check_arguments(arguments, training, model, tokenizer)
+    train_texts, held_out_texts, data = load_texts(arguments, evaluates=training.eval_strategy != "no")
+
+    with training.main_process_first(desc="opening the run folder"):
+        record = RunRecord.start(training.output_dir, "pretrain_lm", given, data, writes=is_main_process)
+    if record.finished:
+        print(f"{training.output_dir} holds this run, finished: only its card is written anew.")
+        if is_main_process:
+            build_card(training.output_dir)
+        return None
+    checkpoint = prepare_to_resume(training.output_dir, is_main_process)
+
+    # A resumed run keeps the precision it began with: a measurement may come out otherwise the second time.
+    precision = record.content.get("training", {}).get("precision") or (
+        choose_precision(training.device) if arguments.precision == "auto" else arguments.precision
+    )
+    training.bf16, training.mixed_precision = precision == "bf16", {"bf16": "bf16", "fp32": "no"}[precision]
+    peak = matmul_peak(training.device, torch.bfloat16 if training.bf16 else torch.float32) * training.world_size
+
+    with training.main_process_first(desc="tokenising"):
+        train, held_out = (
+            texts and pack_documents(texts, tokenizer, arguments.block_size) for texts in (train_texts, held_out_texts)
+        )
+    if arguments.streaming:
+        train = train.shuffle(seed=training.seed, buffer_size=SHUFFLED_BLOCKS)
+        # Each process reads its own shards; the default would have the first one read for all.
+        training.accelerator_config.dispatch_batches = False
+    record.save(
+        model={
+            "parameters": model.num_parameters(),
+            "non_embedding_parameters": model.num_parameters(exclude_embeddings=True),
+            "config": model.config.to_dict(),
+        },
+        tokenizer={"path": arguments.tokenizer, "vocab_size": len(tokenizer)},
+        training=describe_training(arguments, training, train, peak),
+        yardsticks=compressed_bits_per_byte(held_out_texts) if held_out_texts else {},
+    )
+    trainer = PretrainTrainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=PackedBlockCollator(arguments.block_size, tokenizer.pad_token_id or tokenizer.eos_token_id),
+        processing_class=tokenizer,
+        callbacks=[SampleCallback(record, tokenizer, arguments.sample_prompts)],
+        record=record,
+        unit="tokens",
+        flops_per_unit=flops_per_token(model),
+        matmul_peak=peak,
+        eval_bytes=data.get("eval", {}).get("bytes"),
+    )
+    return trainer, checkpoint
+
+
+def finish(trainer: PretrainTrainer) -> None:
+    """Saves the model into the run folder and writes what came of the run: metrics, an example, the card."""
+    history, last_step = trainer.state.log_history, trainer.state.global_step
+    if trainer.eval_dataset is not None and not any("eval_loss" in log for log in history if log["step"] == last_step):
+        trainer.evaluate()
+    trainer.model.config.use_cache = True  # Trainer switches it off, and the published model is there to generate
+    if trainer.is_fsdp_enabled:  # checkpoints are sharded, the model that others load is whole
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
+    record = trainer.record
+    metrics = final_metrics(history) | record.content["yardsticks"]
+    prompt = record.content["arguments"].get("sample_prompts", PretrainArguments().sample_prompts)[0]
+    text = continue_text(trainer.model, trainer.processing_class, prompt, do_sample=False)
+    record.finish(metrics, history=history, example={"prompt": prompt, "text": text})
+    if trainer.is_world_process_zero():
+        build_card(trainer.args.output_dir)
+    print(f"{trainer.args.output_dir}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+def main() -> None:
+    with plain_errors():
+        prepared = prepare()
+    if prepared is None:
+        return
+    trainer, checkpoint = prepared
+    with plain_errors(NonFiniteError):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finish(trainer)
+
+
+if __name__ == "__main__":
+    main()

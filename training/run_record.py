@@ -1,0 +1,172 @@
+"""`run.json`: what a run was asked to do, on what, with what, and what came of it.
+
+The card is built from this file and nothing else, and a run is resumed only by the command that began it: the file is
+also the lock on the folder. It is replaced as a whole at every write, so a killed run leaves the last good one.
+Paths in it are relative to the working folder.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+FILE_NAME = "run.json"
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "trl", "hf_models")
+# Fields that change neither what is trained nor on what: a run may be resumed with other values of these.
+FREE_FIELDS = {"output_dir", "report_to", "run_name", "disable_tqdm", "save_total_limit", "dataloader_num_workers"}
+
+
+class RunRecord:
+    """The `run.json` of one run folder, as a dictionary in `content`."""
+
+    def __init__(self, output_dir: str | Path, content: dict[str, Any], writes: bool = True):
+        self.path = Path(output_dir) / FILE_NAME
+        self.content = content
+        self.writes = writes
+        self._session_start = time.monotonic()
+
+    @classmethod
+    def start(
+        cls, output_dir: str | Path, task: str, arguments: dict[str, Any], data: dict[str, Any], writes: bool = True
+    ) -> "RunRecord":
+        """Opens `output_dir` for this run: new, or the same one again after a stop.
+
+        Args:
+            task: the script's name, such as "pretrain_lm".
+            arguments: what was asked for, the last thing that `parse_arguments` returns.
+            data: a description of each data set read, with its `fingerprint`.
+            writes: False in every process of a distributed run but the main one.
+
+        Raises ValueError, before anything is written, where the folder holds another run or other files.
+        """
+        output_dir = Path(output_dir)
+        asked = {"task": task, "arguments": portable(arguments), "data": portable(data)}
+        previous = _read(output_dir)
+        if previous is not None:
+            _check_same_run(output_dir, previous, asked)
+            content = previous
+        else:
+            content = asked | {"metrics": {}, "history": [], "samples": [], "sessions": []}
+        record = cls(output_dir, content, writes)
+        if record.finished:
+            return record
+        content |= {
+            "status": "running",
+            "command": _command(),
+            "git_revision": git_revision(),
+            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "hardware": hardware(on_cpu=bool(arguments.get("use_cpu"))),
+        }
+        content["sessions"].append({"started": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": 0.0})
+        record.save()
+        return record
+
+    @property
+    def finished(self) -> bool:
+        return self.content.get("status") == "finished"
+
+    def save(self, **sections: Any) -> None:
+        """Writes the file, with `sections` put in place of those of the same name."""
+        self.content |= portable(sections)
+        self.content["sessions"][-1]["seconds"] = round(time.monotonic() - self._session_start, 1)
+        self.content["wall_time_seconds"] = round(sum(session["seconds"] for session in self.content["sessions"]), 1)
+        if not self.writes:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".json.partial")
+        partial.write_text(json.dumps(self.content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(partial, self.path)
+
+    def finish(self, metrics: dict[str, Any], **sections: Any) -> None:
+        self.save(metrics=metrics, status="finished", **sections)
+
+
+def portable(value: Any) -> Any:
+    """`value` as JSON holds it, absolute paths made relative to the working folder."""
+    if isinstance(value, dict):
+        return {str(key): portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [portable(item) for item in value]
+    if isinstance(value, bool | int | float | None):
+        return value
+    text = str(getattr(value, "value", value))  # an enum's value
+    return os.path.relpath(text) if os.path.isabs(text) else text
+
+
+def git_revision() -> str | None:
+    """The commit of the code that runs, with `+changes` where the tree differs from it; None outside a checkout."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *command], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def hardware(on_cpu: bool) -> dict[str, Any]:
+    """Processor, cores that this process may use, memory in GiB, and the accelerators that it may use."""
+    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "accelerators": [] if on_cpu else [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+
+
+def _read(output_dir: Path) -> dict[str, Any] | None:
+    path = output_dir / FILE_NAME
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    others = sorted(entry.name for entry in output_dir.iterdir()) if output_dir.is_dir() else []
+    others = [name for name in others if name != FILE_NAME + ".partial"]
+    if others:
+        raise ValueError(
+            f"{output_dir} holds files but no {FILE_NAME} ({', '.join(others[:3])}, ...): "
+            "choose another --output_dir, or empty this one."
+        )
+    return None
+
+
+def _check_same_run(output_dir: Path, previous: dict[str, Any], asked: dict[str, Any]) -> None:
+    if previous["task"] != asked["task"]:
+        differences = [f"it was made by {previous['task']}, this is {asked['task']}"]
+    else:
+        differences = [
+            f"{name} was {before.get(name)!r} and is now {now.get(name)!r}"
+            for section in ("arguments", "data")
+            for before, now in [(previous[section], asked[section])]
+            for name in sorted(before.keys() | now.keys())
+            if name not in FREE_FIELDS and before.get(name) != now.get(name)
+        ]
+    if differences:
+        raise ValueError(
+            f"{output_dir} holds another run: {'; '.join(differences[:3])}. "
+            "Choose another --output_dir, delete this one, or give the arguments that began it."
+        )
+
+
+def _command() -> str:
+    """The command as it can be pasted again: `python -m training.x ...` with relative paths."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", module.name] if module else ["python", portable(os.path.abspath(sys.argv[0]))]
+    return shlex.join(program + [portable(word) for word in sys.argv[1:]])
