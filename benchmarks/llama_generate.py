@@ -1,6 +1,6 @@
 """Greedy `generate` of our decoder and of transformers' Llama, same weights, one text and sixty-four at once.
 
-    python benchmarks/llama_generate.py [--rounds 7] [--size 6m]
+    python -m benchmarks.llama_generate [--rounds 7] [--size 6m]
 
 A prompt of 32 tokens, 64 new ones, float32, the default (dynamic) cache; the tokens must be equal. Target: at least as
 fast, both.
@@ -9,10 +9,10 @@ fast, both.
 import argparse
 import statistics
 
-import measure
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import measure
 from hf_models import LlamaStyleConfig, LlamaStyleForCausalLM
 from hf_models.llama_style.sizes import SIZES
 

@@ -1,6 +1,6 @@
 """One training step (forward, backward) of our decoder and of transformers' Llama, same weights and batch.
 
-    python benchmarks/llama_training_step.py [--rounds 7] [--bf16]
+    python -m benchmarks.llama_training_step [--rounds 7] [--bf16]
 
 13M parameters, a vocabulary of 32,000, 4 texts of 1,024 tokens; no optimizer, no cache. Reports time, peak memory of
 the step beyond weights, and the share of the matrix-multiply peak measured beside them. Targets, in float32: at least
@@ -10,10 +10,10 @@ the step beyond weights, and the share of the matrix-multiply peak measured besi
 import argparse
 import statistics
 
-import measure
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import measure
 from hf_models import LlamaStyleConfig, LlamaStyleForCausalLM
 from hf_models.llama_style.sizes import SIZES
 

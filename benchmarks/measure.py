@@ -1,12 +1,12 @@
 """What the benchmarks share: fair timing, peak memory of a step, a table, a JSON file.
 
-Candidates are timed in turn, round after round, so that what else the machine does falls on all of them; the ratio of
-their medians is what is reported, with the quartiles of the ratio by round as its spread.
+Candidates are timed in turn, round after round, so that what else the machine does falls on all of them; what is
+reported is the median of the ratio by round, with its quartiles as the spread.
 """
 
 import json
 import multiprocessing
-import platform
+import os
 import re
 import statistics
 import time
@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from training.run_record import hardware
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,9 +36,9 @@ def interleave(candidates: dict[str, Callable[[], object]], rounds: int, warmup:
 
 
 def speedup(slow: list[float], fast: list[float]) -> dict[str, float]:
-    """How many times faster `fast` is than `slow`: ratio of medians, and quartiles of the ratio by round."""
-    lower, _, upper = statistics.quantiles([s / f for s, f in zip(slow, fast, strict=True)], n=4)
-    return {"ratio": statistics.median(slow) / statistics.median(fast), "lower": lower, "upper": upper}
+    """How many times faster `fast` is than `slow`: quartiles of the ratio by round, `ratio` being the median."""
+    lower, ratio, upper = statistics.quantiles([s / f for s, f in zip(slow, fast, strict=True)], n=4)
+    return {"ratio": ratio, "lower": lower, "upper": upper}
 
 
 def peak_memory(build: Callable[..., Callable[[], object]], *arguments) -> int:
@@ -76,14 +78,11 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
 
 def save(name: str, results: dict) -> None:
     """Writes `results` and the machine that they come from to `benchmarks/results/NAME.json`."""
-    cpu = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    machine = {
-        "processor": cpu[1] if cpu else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers")},
+    origin = {
+        "hardware": hardware(on_cpu=True),
+        "libraries": {package: version(package) for package in ("torch", "transformers", "tokenizers")},
     }
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
-    file.write_text(json.dumps({"machine": machine} | results, indent=2) + "\n")
-    print(f"\nwritten to {file}")
+    file.write_text(json.dumps(origin | results, indent=2) + "\n")
+    print(f"\nwritten to {os.path.relpath(file)}")

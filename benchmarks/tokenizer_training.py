@@ -8,24 +8,20 @@ on all cores and once on one thread each. The held-out text is encoded with both
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
+from benchmarks import measure
 from hf_models.bpe_tokenizer import SPLIT_PATTERNS, train_bpe
 from hf_models.bpe_tokenizer.special_tokens import ADDED_TOKENS
-from training.run_record import hardware
 from training.text_data import load_text_dataset
 
-RESULTS = Path(__file__).parent / "results" / "tokenizer_training.json"
 PATTERN = "qwen2"
 
 
@@ -46,50 +42,45 @@ def main() -> None:
             os.environ["RAYON_NUM_THREADS"] = str(threads)
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             for vocab_size in arguments.vocab_sizes:
-                measured = process.submit(measure, arguments, vocab_size).result()
+                measured = process.submit(compare, arguments, vocab_size).result()
                 measurements.append({"threads": threads or "default", "vocab_size": vocab_size} | measured)
                 print_table(measurements[-1])
-    RESULTS.parent.mkdir(exist_ok=True)
-    record = {
-        "arguments": vars(arguments),
-        "pattern": PATTERN,
-        "hardware": hardware(on_cpu=True),
-        "measurements": measurements,
-    }
-    RESULTS.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    measure.save("tokenizer_training", {"arguments": vars(arguments), "pattern": PATTERN, "measurements": measurements})
 
 
-def measure(arguments: argparse.Namespace, vocab_size: int) -> dict:
+def compare(arguments: argparse.Namespace, vocab_size: int) -> dict:
     texts = list(load_text_dataset(arguments.dataset, arguments.split)["text"])
     held_out = list(load_text_dataset(arguments.dataset, arguments.eval_split)["text"])
-    trainers = {"ours": train_ours, "tokenizers": train_with_tokenizers}
-    seconds = {name: [] for name in trainers}
-    encoding_seconds = {name: [] for name in trainers}
-    tokens = {}
-    for _ in range(arguments.repeats):
-        for name, train in trainers.items():
-            start = time.perf_counter()
-            tokenizer = train(texts, vocab_size)
-            seconds[name].append(time.perf_counter() - start)
-            assert tokenizer.get_vocab_size() == vocab_size
-            start = time.perf_counter()
-            encodings = tokenizer.encode_batch_fast(held_out, add_special_tokens=False)
-            encoding_seconds[name].append(time.perf_counter() - start)
-            tokens[name] = sum(map(len, encodings))
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    trainers = {"hf_models": train_ours, "tokenizers": train_with_tokenizers}
+    tokenizers = {}
+
+    def training(name: str):
+        return lambda: tokenizers.update({name: trainers[name](texts, vocab_size)})
+
+    seconds = measure.interleave({name: training(name) for name in trainers}, arguments.repeats, warmup=0)
+    assert all(tokenizer.get_vocab_size() == vocab_size for tokenizer in tokenizers.values())
+    encodings = {}
+
+    def encoding(name: str):
+        def encode():
+            encodings[name] = tokenizers[name].encode_batch_fast(held_out, add_special_tokens=False)
+
+        return encode
+
+    encoding_seconds = measure.interleave({name: encoding(name) for name in trainers}, arguments.repeats)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     held_out_megabytes = sum(len(text.encode()) for text in held_out) / 1e6
     return {
         "text_megabytes": round(megabytes, 3),
-        "times_as_fast": round(medians["tokenizers"] / medians["ours"], 2),
+        "speedup": measure.speedup(seconds["tokenizers"], seconds["hf_models"]),
         "trainers": {
             name: {
                 "seconds": [round(value, 3) for value in seconds[name]],
-                "megabytes_per_second": round(megabytes / medians[name], 2),
+                "megabytes_per_second": round(megabytes / statistics.median(seconds[name]), 2),
                 "encoding_megabytes_per_second": round(
                     held_out_megabytes / statistics.median(encoding_seconds[name]), 2
                 ),
-                "held_out_tokens": tokens[name],
+                "held_out_tokens": sum(map(len, encodings[name])),
             }
             for name in trainers
         },
@@ -117,18 +108,22 @@ def train_with_tokenizers(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def print_table(measurement: dict) -> None:
-    print(
-        f"\n{measurement['vocab_size']} entries, {measurement['text_megabytes']} MB, threads {measurement['threads']}: "
-        f"ours is {measurement['times_as_fast']} times as fast (ratio of medians)"
+    measure.print_table(
+        f"{measurement['vocab_size']} entries, {measurement['text_megabytes']} MB, threads {measurement['threads']}: "
+        f"{measurement['speedup']['ratio']:.2f} times as fast",
+        ["trainer", "median s", "min to max s", "MB/s", "encodes MB/s", "held-out tokens"],
+        [
+            [
+                name,
+                f"{statistics.median(figures['seconds']):.3f}",
+                f"{min(figures['seconds']):.3f} to {max(figures['seconds']):.3f}",
+                f"{figures['megabytes_per_second']:.2f}",
+                f"{figures['encoding_megabytes_per_second']:.2f}",
+                f"{figures['held_out_tokens']:,}",
+            ]
+            for name, figures in measurement["trainers"].items()
+        ],
     )
-    print("trainer      median s   min - max s       MB/s   encodes MB/s   held-out tokens")
-    for name, figures in measurement["trainers"].items():
-        seconds = figures["seconds"]
-        print(
-            f"{name:<10}  {statistics.median(seconds):9.3f}   {min(seconds):.3f} - {max(seconds):.3f}  "
-            f"{figures['megabytes_per_second']:9.2f}  {figures['encoding_megabytes_per_second']:13.2f}  "
-            f"{figures['held_out_tokens']:16,}"
-        )
 
 
 if __name__ == "__main__":

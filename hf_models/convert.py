@@ -8,16 +8,13 @@ at all.
 """
 
 import argparse
-import json
+import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
-from .llama_style import checkpoints as llama_style
-
-# The module that reads and writes a `model_type`, and the layouts that it writes.
-CHECKPOINTS_OF_MODEL_TYPE = dict.fromkeys(llama_style.LAYOUT_OF_MODEL_TYPE, llama_style)
-LAYOUTS = list(llama_style.ARCHITECTURES)
+from .llama_style.checkpoints import ARCHITECTURES, load_checkpoint, save_checkpoint
 
 # What belongs to a model beside its config and weights, whoever saved it.
 COMPANIONS = (
@@ -37,35 +34,22 @@ COMPANIONS = (
 def convert(source: Path, destination: Path, layout: str) -> None:
     """Writes the model folder `source` to `destination` in `layout`.
 
-    Raises FileExistsError where `destination` holds something, ValueError for a kind of model that is not known here,
-    and what the family's `load_checkpoint` and `save_checkpoint` raise.
+    Raises FileExistsError where `destination` holds something, and what `load_checkpoint` and `save_checkpoint` raise.
     """
+    destination = destination.resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists and is not an empty folder: name another one.")
-    config = source / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{config} does not exist: give a local folder that holds a saved model.")
-    try:
-        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error:
-        raise ValueError(f"{config} is not valid JSON: {error}.") from error
-    if model_type not in CHECKPOINTS_OF_MODEL_TYPE:
-        known = ", ".join(CHECKPOINTS_OF_MODEL_TYPE)
-        raise ValueError(f"{config} has model_type {model_type!r}; what can be converted is {known}.")
-    checkpoints = CHECKPOINTS_OF_MODEL_TYPE[model_type]
-
-    model = checkpoints.load_checkpoint(source)
-    partial = destination.with_name(destination.name + ".partial")
-    try:
-        checkpoints.save_checkpoint(model, partial, layout)
+    model = load_checkpoint(source)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{destination.name}.", dir=destination.parent) as scratch:
+        whole = Path(scratch) / "whole"  # with the permissions of a folder of the user's, which `scratch` has not
+        save_checkpoint(model, whole, layout)
         for name in COMPANIONS:
             if (source / name).is_dir():
-                shutil.copytree(source / name, partial / name)
+                shutil.copytree(source / name, whole / name)
             elif (source / name).is_file():
-                shutil.copyfile(source / name, partial / name)
-        partial.replace(destination)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                shutil.copyfile(source / name, whole / name)
+        os.replace(whole, destination)
 
 
 def main() -> None:
@@ -74,7 +58,7 @@ def main() -> None:
     )
     parser.add_argument("source", metavar="SRC", type=Path, help="folder with config.json and safetensors")
     parser.add_argument("destination", metavar="DST", type=Path, help="folder to write: new, or empty")
-    parser.add_argument("--to", required=True, choices=LAYOUTS, help="layout to write")
+    parser.add_argument("--to", required=True, choices=ARCHITECTURES, help="layout to write")
     arguments = parser.parse_args()
     try:
         convert(arguments.source, arguments.destination, arguments.to)

@@ -250,7 +250,10 @@ class TestTraining:
         expected = gradients(model)
         model.zero_grad()
         model.gradient_checkpointing_enable()
+        runs = []
+        model.model.layers[0].self_attn.register_forward_hook(lambda *_: runs.append("attention"))
         model(input_ids, labels=input_ids).loss.backward()
+        assert len(runs) == 2  # once forward, once more when its gradients are wanted
         for name, gradient in gradients(model).items():
             assert torch.equal(gradient, expected[name]), name
 
@@ -314,7 +317,7 @@ class TestConfig:
 
     def test_classification_that_cannot_tell_padding_is_refused(self):
         model = LlamaStyleForSequenceClassification(LlamaStyleConfig(**TINY | {"pad_token_id": None}))
-        with pytest.raises(ValueError, match="Give an attention_mask or set config"):
+        with pytest.raises(ValueError, match="Give a 2-D attention_mask, or set config"):
             model(random_ids(2, 5))
         assert model(random_ids(1, 5)).logits.shape == (1, 2)
 

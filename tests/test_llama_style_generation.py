@@ -3,7 +3,7 @@
 import pytest
 import torch
 from llama_pair import build_pair, padded_batch, random_ids
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
+from transformers import CompileConfig, DynamicCache, MistralConfig, MistralForCausalLM, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
@@ -41,6 +41,17 @@ def test_greedy_tokens_are_transformers(pair, cache):
     model, reference = pair
     input_ids = random_ids(2, 9)
     assert torch.equal(model.generate(input_ids, **GREEDY | cache), reference.generate(input_ids, **GREEDY))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_generation_gives_the_same_tokens():
+    model, reference = build_pair()
+    input_ids = random_ids(2, 9)
+    compile_config = CompileConfig(fullgraph=True)
+    compile_config._compile_all_devices = True  # transformers compiles on GPUs only, unless told
+    tokens = model.generate(input_ids, cache_implementation="static", compile_config=compile_config, **GREEDY)
+    assert torch.equal(tokens, reference.generate(input_ids, **GREEDY))
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ class TestEqualsPlainLoss:
             torch.testing.assert_close(loss, plain_loss(hidden, weight, labels))
         assert not loss.requires_grad
 
-    def test_float64_gradients_by_differences(self):
+    def test_float64(self):
         hidden, weight, labels = inputs()
         hidden, weight = hidden.detach().double(), weight.detach().double()
         loss = chunked_causal_lm_loss(hidden.requires_grad_(), weight.requires_grad_(), labels)
@@ -96,7 +96,7 @@ def test_a_frozen_head_gets_no_gradient_buffer():
     """What a LoRA run saves: no `(vocab, hidden)` matrix beside the weights."""
     hidden, weight, labels = inputs()
     loss = chunked_causal_lm_loss(hidden, weight.detach(), labels)
-    hidden_grad, weight_grad = loss.grad_fn.saved_tensors
+    hidden_grad, weight_grad, _ = loss.grad_fn.saved_tensors
     assert hidden_grad.shape == (BATCH * LENGTH, HIDDEN)
     assert weight_grad is None
 
@@ -104,7 +104,9 @@ def test_a_frozen_head_gets_no_gradient_buffer():
 def test_everything_ignored():
     hidden, weight, labels = inputs(ignored=1.0)
     for loss in (chunked_causal_lm_loss, plain_loss):
-        assert loss(hidden, weight, labels).isnan()  # a mean over nothing
+        value = loss(hidden, weight, labels)
+        assert value.isnan()  # a mean over nothing
+        assert not any(gradient.any() for gradient in torch.autograd.grad(value, (hidden, weight)))
         # Trainer's count covers the other accumulated batches: this one adds nothing to them.
         value = loss(hidden, weight, labels, num_items_in_batch=torch.tensor(12))
         assert value == 0
@@ -126,7 +128,40 @@ def test_bfloat16_autocast_is_as_exact_as_the_plain_loss():
         assert ours < 1.2 * plain
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_over_many_chunks_are_as_exact_as_the_plain_loss(dtype, monkeypatch):
+    """With Trainer's count over millions of tokens and a loss scaler's factor, as in a large float16 run."""
+    monkeypatch.setattr(chunked_loss_llama_style, "LOGITS_PER_CHUNK_CPU", VOCAB)
+    hidden, weight, labels = inputs()
+    exact = torch.autograd.grad(plain_loss(hidden, weight, labels, num_items_in_batch=4_000_000), (hidden, weight))
+    half = [tensor.detach().to(dtype).requires_grad_() for tensor in (hidden, weight)]
+    errors = []
+    for loss in (chunked_causal_lm_loss, plain_loss):
+        value = loss(*half, labels, num_items_in_batch=4_000_000) * 65536.0
+        gradients = torch.autograd.grad(value, half)
+        errors.append([(g.float() / 65536.0 - e).norm() / e.norm() for g, e in zip(gradients, exact, strict=True)])
+    for ours, plain in zip(*errors, strict=True):
+        assert ours < 1.2 * plain
+
+
+def test_second_derivatives_are_refused_rather_than_wrong():
+    hidden, weight, labels = inputs()
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(chunked_causal_lm_loss(hidden, weight, labels), hidden, create_graph=True)
+
+
 class TestInTheModel:
+    def test_a_head_or_a_loss_of_ones_own_is_called(self):
+        model, _ = build_pair()
+        model.train()
+        input_ids, calls = random_ids(2, 12), []
+        handle = model.lm_head.register_forward_hook(lambda *_: calls.append("head"))
+        assert model(input_ids, labels=input_ids).logits is not None
+        assert calls == ["head"]
+        handle.remove()
+        model.loss_function = lambda **kwargs: kwargs["logits"].sum() * 0 + 42
+        assert model(input_ids, labels=input_ids).loss == 42
+
     def test_accumulated_micro_batches_equal_one_batch(self):
         model, _ = build_pair()
         model.train()

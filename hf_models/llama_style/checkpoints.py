@@ -52,10 +52,13 @@ def save_checkpoint(model: LlamaStyleForCausalLM, path: str | Path, layout: str)
     Raises ValueError for an unknown layout, for a model without a language-model head or with quantised weights, and
     for a sliding window, which native Llama does not have.
     """
-    if not hasattr(model, "lm_head") or getattr(model.config, "quantization_config", None) is not None:
+    # By name: a model opened as remote code is of a class of its own.
+    if type(model).__name__ != ARCHITECTURES["hf_models"]:
         raise ValueError(
-            f"Only an unquantised LlamaStyleForCausalLM can be saved, and this is a {type(model).__name__}."
+            f"Only a LlamaStyleForCausalLM can be saved, and this is a {type(model).__name__}; merge adapters first."
         )
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("The model is quantised: open it in full precision and save that.")
     if layout == "hf_models":
         model.save_pretrained(path)
     elif layout == "transformers":
@@ -90,6 +93,8 @@ def _read_config(path: Path, layout: str) -> LlamaStyleConfig:
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}.") from error
 
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} holds a {type(fields).__name__} where an object of config fields is expected.")
     found = LAYOUT_OF_MODEL_TYPE.get(fields.get("model_type"))
     if found is None or layout not in ("auto", found):
         known = ", ".join(f"{layout} ({model_type})" for model_type, layout in LAYOUT_OF_MODEL_TYPE.items())

@@ -1,8 +1,8 @@
 """Next-token loss that never holds the `(tokens, vocab)` logits.
 
-The head and the cross-entropy run over chunks of tokens, and each chunk's gradients are taken on the spot: a chunk's
-logits become, in place, the gradient of the loss with respect to them, which two matrix products turn into the
-gradients of the hidden states and of the head. What the backward pass needs is then `(tokens, hidden)` and
+The head and the cross-entropy run over chunks of tokens, and each chunk's gradients are taken on the spot: two buffers,
+used by every chunk, take its logits and the gradient of the loss with respect to them, which two matrix products turn
+into the gradients of the hidden states and of the head. What the backward pass needs is then `(tokens, hidden)` and
 `(vocab, hidden)`, not `(tokens, vocab)`. The arithmetic is that of the plain loss: nothing is approximated.
 
 This file is published beside the weights (remote code): it imports nothing of our package.
@@ -11,8 +11,8 @@ This file is published beside the weights (remote code): it imports nothing of o
 import torch
 from torch import nn
 
-# Logits of a chunk, in elements. 2**24 are 64 MiB of float32, or 512 tokens of a vocabulary of 32,000. On a CPU the
-# head's products are then 8 % faster than with half as many, and doubling again gains 2 %. A GPU needs more to fill up.
+# Logits of a chunk, in elements: on a CPU 64 MiB of float32, 512 tokens of a vocabulary of 32,000; with fewer, the
+# products with the head become slower. The figure for GPUs is not measured.
 LOGITS_PER_CHUNK_CPU = 2**24
 LOGITS_PER_CHUNK_GPU = 2**26
 
@@ -30,7 +30,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head = weight.to(compute_dtype)
         kept = labels != ignore_index
         targets = labels.masked_fill(~kept, 0)
-        scale = kept / denominator  # (tokens,) float32: each token's share of the loss
+        # The division by the denominator waits: in half precision it would take small gradients below what a number
+        # can hold, before the loss scaler has lifted them.
+        kept_rows = kept.float()[:, None]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if needs_hidden_grad else None
         # float32 whatever the weight's dtype: sums over many chunks lose bits in bfloat16.
@@ -42,34 +44,38 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden.shape[0], chunk):
                 rows = slice(start, start + chunk)
-                states, target, share = hidden[rows].to(compute_dtype), targets[rows, None], scale[rows, None]
+                states, target, weights = hidden[rows].to(compute_dtype), targets[rows, None], kept_rows[rows]
                 logits, probs = logits_buffer[: len(states)], probs_buffer[: len(states)]
                 torch.mm(states, head.t(), out=logits)
                 torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=probs)
-                loss -= (probs.gather(1, target) * share).sum()
+                loss -= (probs.gather(1, target) * weights).sum()
                 if not (needs_hidden_grad or needs_weight_grad):
                     continue
-                # softmax - one_hot is the gradient but for `share`, applied to the narrow side of each product.
-                probs.exp_().scatter_add_(1, target, torch.full_like(share, -1.0))
+                # softmax - one_hot is the gradient of the sum; which rows count, the narrow factors tell.
+                probs.exp_().scatter_add_(1, target, torch.full_like(weights, -1.0))
                 logits_grad = probs if compute_dtype == torch.float32 else logits.copy_(probs)
                 if needs_hidden_grad:
-                    hidden_grad[rows] = (logits_grad @ head) * share
+                    hidden_grad[rows] = (logits_grad @ head) * weights
                 if needs_weight_grad:
-                    shared_states = (states * share).to(compute_dtype)
+                    kept_states = (states * weights).to(compute_dtype)
                     if compute_dtype == torch.float32:
-                        weight_grad.addmm_(logits_grad.t(), shared_states)
+                        weight_grad.addmm_(logits_grad.t(), kept_states)
                     else:
-                        weight_grad += logits_grad.t() @ shared_states
+                        weight_grad += logits_grad.t() @ kept_states
 
-        ctx.save_for_backward(hidden_grad, weight_grad.to(weight.dtype) if needs_weight_grad else None)
-        return loss
+        ctx.save_for_backward(hidden_grad, weight_grad, denominator)
+        ctx.weight_dtype = weight.dtype
+        return loss / denominator
 
     @staticmethod
     def backward(ctx, loss_grad):
-        hidden_grad, weight_grad = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError("The chunked loss has no second derivatives: call model.eval() to take them.")
+        hidden_grad, weight_grad, denominator = ctx.saved_tensors
+        scale = loss_grad / denominator.clamp(min=1)  # without a kept label the gradients are 0, and the loss is 0 / 0
         return (
-            None if hidden_grad is None else hidden_grad * loss_grad.to(hidden_grad.dtype),
-            None if weight_grad is None else weight_grad * loss_grad.to(weight_grad.dtype),
+            None if hidden_grad is None else hidden_grad * scale,
+            None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype),
             None,
             None,
             None,

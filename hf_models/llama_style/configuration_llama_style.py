@@ -8,6 +8,7 @@ This file is published beside the weights (remote code): it imports nothing of o
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # Every Auto class that opens a published folder. `save_pretrained` alone would write only the saved class's entry.
@@ -64,7 +65,7 @@ class LlamaStyleConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     rope_parameters: dict | None = None
     attention_bias: bool = False
-    attention_dropout: float | int = 0.0
+    attention_dropout: float | int | None = 0.0
     mlp_bias: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = 1
@@ -75,8 +76,8 @@ class LlamaStyleConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        # A config loaded from the Hub brings its own map, which names the repository: it stays.
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        # Whole at every save, whatever an older file said: the code lies beside the weights.
+        kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
         # `@strict` calls this too, but wraps what it raises in an error that is no ValueError.
         self.validate_architecture()
@@ -108,6 +109,10 @@ class LlamaStyleConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}: rotary embeddings rotate pairs, give an even number.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}: choose one of {', '.join(ACT2FN)}.")
+        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id is {self.pad_token_id} and vocab_size is {self.vocab_size}: no such token.")
         rope_type = self.rope_parameters["rope_type"]
         if rope_type not in ("default", *ROPE_INIT_FUNCTIONS):
             raise ValueError(f"rope_type is {rope_type!r}: choose one of default, {', '.join(ROPE_INIT_FUNCTIONS)}.")

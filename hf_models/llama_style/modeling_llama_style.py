@@ -45,9 +45,7 @@ class LlamaStyleRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        # Autocast would leave the input in bfloat16 beside a float32 weight, for which there is no fused kernel.
-        weight = self.weight.to(hidden_states.dtype)
-        return nn.functional.rms_norm(hidden_states, weight.shape, weight, self.eps)
+        return nn.functional.rms_norm(hidden_states, self.weight.shape, self.weight, self.eps)
 
 
 class LlamaStyleRotaryEmbedding(nn.Module):
@@ -69,7 +67,7 @@ class LlamaStyleRotaryEmbedding(nn.Module):
     @staticmethod
     def compute_default_rope_parameters(config: LlamaStyleConfig, *args, **kwargs) -> tuple[torch.Tensor, float]:
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -158,7 +156,7 @@ class LlamaStyleAttention(nn.Module):
             key,
             value,
             attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=(self.config.attention_dropout or 0.0) if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.config.sliding_window,
             **kwargs,
@@ -198,12 +196,11 @@ class LlamaStyleHead(nn.Linear):
     """The language-model head, a Linear without bias, whose few-row products use every thread of a CPU.
 
     MKL runs a float32 product of few rows on one thread, and the head is the largest matrix that a decoded token reads.
-    Batched over slices of the vocabulary it is threaded: 2 times as fast for one row on two threads, 1.1 times for 64,
-    slower from 256 on (32,000 x 256; a whole step of the 13M model is 1.3 times as fast). oneDNN's bfloat16 products
-    are threaded already.
+    Batched over equal slices of the vocabulary it is threaded, as far as the threads divide the vocabulary
+    (`benchmarks/llama_generate.py` has what it brings). oneDNN's bfloat16 products are threaded already.
     """
 
-    MOST_ROWS = 64
+    MOST_ROWS = 64  # with more, the plain product is threaded well enough
 
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, vocab_size, bias=False)
@@ -273,8 +270,8 @@ class LlamaStyleModel(LlamaStylePreTrainedModel):
         Args:
             input_ids: `(batch, length)`; or `inputs_embeds (batch, length, hidden)`, not both.
             attention_mask: `(batch, past + length)`, 1 for tokens to attend to; or a prepared 4-D mask.
-            position_ids: `(batch, length)`. Without an attention mask and without a past, each restart begins a new
-                document, which sees none of the others.
+            position_ids: `(batch, length)`. Without an attention mask and without a past, a position that does not
+                follow the one before it by 1 begins a new document, which sees none of the others.
             past_key_values: any transformers cache.
 
         Returns: `last_hidden_state (batch, length, hidden)`.
@@ -348,7 +345,8 @@ class LlamaStyleForCausalLM(LlamaStylePreTrainedModel, GenerationMixin):
             num_items_in_batch: what the summed loss is divided by; the number of kept labels without it.
 
         Returns: `logits (batch, kept, vocab)` and, with labels, a float32 `loss`. In training mode with labels,
-        `logits` is None: the loss is computed in chunks and they never exist.
+        `logits` is None: the loss is computed in chunks and they never exist, unless the head is more than a matrix
+        (see `_loss_needs_no_logits`). That loss has no second derivatives and no functional transforms.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -362,7 +360,7 @@ class LlamaStyleForCausalLM(LlamaStylePreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
         loss = logits = None
-        if self.training and has_labels and self._head_is_plain():
+        if self.training and has_labels and self._loss_needs_no_logits(hidden_states):
             loss = chunked_causal_lm_loss(hidden_states, self.lm_head.weight, labels, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -377,11 +375,17 @@ class LlamaStyleForCausalLM(LlamaStylePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _head_is_plain(self) -> bool:
-        """Whether the head is only a matrix: an adapter, a quantised or sharded weight needs its own forward."""
-        # Resizing the vocabulary leaves a Linear.
-        is_matrix = type(self.lm_head) in (LlamaStyleHead, nn.Linear) and self.lm_head.bias is None
-        return is_matrix and type(self.lm_head.weight) in (nn.Parameter, torch.Tensor)
+    def _loss_needs_no_logits(self, hidden_states: torch.Tensor) -> bool:
+        """Whether loss and head are the plain ones. A head that is adapted, quantised, hooked, offloaded or sharded
+        by itself (a DTensor, under tensor parallelism) has to be called, and a replaced loss has to see the logits."""
+        head = self.lm_head
+        return (
+            type(head) in (LlamaStyleHead, nn.Linear)
+            and type(head.weight) in (nn.Parameter, torch.Tensor)
+            and head.weight.device == hidden_states.device
+            and not (head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"))
+            and not hasattr(self, "_loss_function")
+        )
 
 
 class LlamaStyleForSequenceClassification(LlamaStylePreTrainedModel):
@@ -440,7 +444,11 @@ class LlamaStyleForSequenceClassification(LlamaStylePreTrainedModel):
     def _last_token(
         self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> torch.Tensor | int:
-        """Index `(batch,)` of the rightmost token that is no padding, whichever side the padding is on."""
+        """Index `(batch,)` of the rightmost token that is no padding, whichever side the padding is on.
+
+        The mask goes before the padding token, unlike in transformers: where one token is both padding and end of
+        text, only the mask can tell them apart.
+        """
         length = hidden_states.shape[1]
         if attention_mask is not None and attention_mask.ndim == 2:
             is_text = attention_mask[:, -length:].bool()
@@ -449,7 +457,9 @@ class LlamaStyleForSequenceClassification(LlamaStylePreTrainedModel):
         elif hidden_states.shape[0] == 1:
             return -1
         else:
-            raise ValueError("Give an attention_mask or set config.pad_token_id to classify several sequences at once.")
+            raise ValueError(
+                "Give a 2-D attention_mask, or set config.pad_token_id, to classify several sequences at once."
+            )
         positions = torch.arange(length, device=hidden_states.device)
         return (positions * is_text.to(hidden_states.device)).argmax(dim=-1)
 

@@ -71,7 +71,7 @@ SIZES: dict[str, Size] = {
     "llama_7b": Size(6_738_415_616, _shape(4096, 11008, 32, 32, 32, **_LLAMA_1)),
     "llama_13b": Size(13_015_864_320, _shape(5120, 13824, 40, 40, 40, **_LLAMA_1)),
     "llama_33b": Size(32_528_943_616, _shape(6656, 17920, 60, 52, 52, **_LLAMA_1)),
-    "llama_65b": Size(65_285_660_672, _shape(8192, 22016, 80, 64, 64, **_LLAMA_1)),
+    "llama_65b": Size(65_285_660_672, _shape(8192, 22016, 80, 64, 64, **_LLAMA_1 | {"rms_norm_eps": 1e-5})),
     # Llama 2 (arXiv 2307.09288, table 1, and the released configs).
     "llama2_7b": Size(6_738_415_616, _shape(4096, 11008, 32, 32, 32, **_LLAMA_2)),
     "llama2_13b": Size(13_015_864_320, _shape(5120, 13824, 40, 40, 40, **_LLAMA_2)),
