@@ -32,9 +32,7 @@ def check_tensor_parallel(input_ids: torch.Tensor, folder: str) -> None:
         split = LlamaStyleForCausalLM.from_pretrained(folder, tp_plan="auto")
         dist.barrier()
         layer = split.model.layers[0]
-        assert (
-            layer.self_attn.q_proj.weight.to_local().shape[0] == whole.model.layers[0].self_attn.q_proj.out_features / 2
-        )
+        assert layer.self_attn.q_proj.weight.to_local().shape[0] == whole.config.hidden_size // 2
         torch.testing.assert_close(split(input_ids).logits, whole(input_ids).logits)
         losses = [model.train()(input_ids, labels=input_ids).loss for model in (split, whole)]
         torch.testing.assert_close(*losses)
@@ -46,15 +44,17 @@ def check_tensor_parallel(input_ids: torch.Tensor, folder: str) -> None:
 
 
 def check_fully_sharded(input_ids: torch.Tensor) -> None:
-    losses = {"sharded": [], "whole": []}
+    losses = {"whole": [], "head in the root": [], "head in a group of its own": []}
     for kind in losses:
         torch.manual_seed(0)
         model, _ = build_pair()
         model.train()
         rows = input_ids
-        if kind == "sharded":
+        if kind != "whole":
             for layer in model.model.layers:
                 fully_shard(layer)
+            if "own" in kind:  # as Accelerate does
+                fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False)
             fully_shard(model)
             rows = input_ids[dist.get_rank()][None]
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -65,11 +65,12 @@ def check_fully_sharded(input_ids: torch.Tensor) -> None:
             optimizer.step()
             optimizer.zero_grad()
             loss = output.loss.detach()
-            if kind == "sharded":
+            if kind != "whole":
                 dist.all_reduce(loss)
                 loss /= 2
             losses[kind].append(loss)
-    torch.testing.assert_close(losses["sharded"], losses["whole"])
+    for kind in losses:
+        torch.testing.assert_close(losses[kind], losses["whole"])
 
 
 if __name__ == "__main__":

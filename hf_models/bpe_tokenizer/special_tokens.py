@@ -2,7 +2,8 @@
 
 Padding, end of text and end of turn are three tokens: with one token for two of them, the loss masks out what the
 model has to learn in order to stop. The tags are added tokens but not special ones, so `skip_special_tokens=True`
-leaves them in the text, where rewards look for them.
+leaves them in the text, where rewards look for them. A chat is rendered as text first: a user who spells a mark writes
+one, so a server has to strip them from what strangers send.
 """
 
 from pathlib import Path

@@ -205,8 +205,13 @@ class LlamaStyleHead(nn.Linear):
     def __init__(self, hidden_size: int, vocab_size: int):
         super().__init__(hidden_size, vocab_size, bias=False)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(..., hidden)` -> `(..., vocab)`."""
+    def forward(self, hidden_states: torch.Tensor, **loss_arguments) -> torch.Tensor:
+        """`(..., hidden)` -> logits `(..., vocab)`; with labels, the loss of `chunked_causal_lm_loss` in their place.
+
+        The loss is taken in here because whatever shards or offloads the weight brings it when the head is called.
+        """
+        if loss_arguments:
+            return chunked_causal_lm_loss(hidden_states, self.weight, **loss_arguments)
         *shape, hidden_size = hidden_states.shape
         slices = self._slices(math.prod(shape), hidden_states.dtype)
         if slices == 1:
@@ -360,8 +365,8 @@ class LlamaStyleForCausalLM(LlamaStylePreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         has_labels = labels is not None or kwargs.get("shift_labels") is not None
         loss = logits = None
-        if self.training and has_labels and self._loss_needs_no_logits(hidden_states):
-            loss = chunked_causal_lm_loss(hidden_states, self.lm_head.weight, labels, **kwargs)
+        if self.training and has_labels and self._loss_needs_no_logits():
+            loss = self.lm_head(hidden_states, labels=labels, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept, :])
@@ -375,15 +380,24 @@ class LlamaStyleForCausalLM(LlamaStylePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def _loss_needs_no_logits(self, hidden_states: torch.Tensor) -> bool:
-        """Whether loss and head are the plain ones. A head that is adapted, quantised, hooked, offloaded or sharded
-        by itself (a DTensor, under tensor parallelism) has to be called, and a replaced loss has to see the logits."""
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        if type(new_embeddings) is nn.Linear and new_embeddings.bias is None:  # what resizing the vocabulary brings
+            with torch.device("meta"):
+                head = LlamaStyleHead(new_embeddings.in_features, new_embeddings.out_features)
+            head.weight = new_embeddings.weight
+            new_embeddings = head
+        self.lm_head = new_embeddings
+
+    def _loss_needs_no_logits(self) -> bool:
+        """Whether loss and head are the plain ones. A head that is adapted, quantised, hooked or split by tensor
+        parallelism has to give logits, and a replaced loss has to see them. FSDP's shards and hooks are no hindrance.
+        """
         head = self.lm_head
+        fsdp_sharded = hasattr(head, "unshard")
         return (
-            type(head) in (LlamaStyleHead, nn.Linear)
-            and type(head.weight) in (nn.Parameter, torch.Tensor)
-            and head.weight.device == hidden_states.device
-            and not (head._forward_hooks or head._forward_pre_hooks or hasattr(head, "_hf_hook"))
+            isinstance(head, LlamaStyleHead)
+            and (fsdp_sharded or type(head.weight) in (nn.Parameter, torch.Tensor))
+            and (fsdp_sharded or not (head._forward_hooks or head._forward_pre_hooks))
             and not hasattr(self, "_loss_function")
         )
 
