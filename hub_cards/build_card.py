@@ -97,7 +97,7 @@ def build_card(folder: str | Path) -> Path:
             eval_data=run["data"].get("eval", {}),
             hyperparameters={
                 field: value
-                for field, value in (run["training"] | run["arguments"]).items()
+                for field, value in (run["arguments"] | run["training"]).items()
                 if field not in NOT_HYPERPARAMETERS
             },
         )

@@ -1,5 +1,7 @@
 """Packing loses no token, predicts each once, and keeps documents apart."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -70,6 +72,16 @@ def test_loss_over_packed_blocks_is_the_loss_over_the_documents_one_by_one(texts
         one_by_one = [model(torch.tensor([d]), labels=torch.tensor([d])).loss * (len(d) - 1) for d in documents]
         expected = torch.stack(one_by_one).sum() / sum(len(document) - 1 for document in documents)
         torch.testing.assert_close(model(**batch).loss, expected)
+
+
+def test_without_a_bos_token_every_token_is_predicted_all_the_same(texts, tokenizer):
+    without_bos = copy.deepcopy(tokenizer)
+    without_bos.bos_token = None
+    counts = [
+        sum((row["labels"] != -100).sum().item() for row in [PackedBlockCollator(BLOCK, 0)(list(packed))])
+        for packed in (pack_documents(texts, kind, BLOCK) for kind in (tokenizer, without_bos))
+    ]
+    assert counts[0] == counts[1]
 
 
 def test_text_that_spells_a_special_token_ends_no_document(tokenizer):

@@ -36,14 +36,21 @@ def test_a_truncated_file_makes_the_one_before_the_last_good(run_folder, name, k
     assert last_good_checkpoint(run_folder) == str(run_folder / "checkpoint-10")
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_damaged_checkpoint_makes_room_for_the_one_that_comes(run_folder, name):
+    (run_folder / "checkpoint-20" / name).unlink()
+    assert prepare_to_resume(run_folder) == str(run_folder / "checkpoint-10")
+    assert not (run_folder / "checkpoint-20").exists()
+
+
 def test_what_a_killed_save_left_behind_is_cleared(run_folder):
     shutil.copytree(run_folder / "checkpoint-20", run_folder / STAGING / "checkpoint-30")
-    assert prepare_to_resume(run_folder, is_main_process=True) == str(run_folder / "checkpoint-20")
+    assert prepare_to_resume(run_folder) == str(run_folder / "checkpoint-20")
     assert not (run_folder / STAGING).exists()
 
 
 def test_a_folder_without_checkpoints_starts_afresh(tmp_path):
-    assert prepare_to_resume(tmp_path, is_main_process=True) is None
+    assert prepare_to_resume(tmp_path) is None
 
 
 def test_a_full_disk_is_told_before_the_work(tmp_path):

@@ -9,7 +9,10 @@ from training.run_record import RunRecord, portable
 
 def start(folder, **changes):
     arguments = {"learning_rate": 1e-3, "report_to": "none"} | changes
-    return RunRecord.start(folder, "pretrain_lm", arguments, {"train": {"fingerprint": "a"}})
+    record = RunRecord.start(folder, "pretrain_lm", arguments, {"train": {"fingerprint": "a"}})
+    if not record.finished:
+        record.save()
+    return record
 
 
 def test_a_stopped_run_goes_on_in_its_folder_and_its_time_adds_up(tmp_path):
@@ -36,6 +39,13 @@ def test_another_run_in_the_folder_is_refused_with_the_difference(tmp_path):
         RunRecord.start(tmp_path / "run", "sft", {}, {})
 
 
+def test_another_number_of_processes_is_another_run(tmp_path, monkeypatch):
+    start(tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="processes was 1 and is now 2"):
+        start(tmp_path / "run")
+
+
 def test_other_files_in_the_folder_are_refused(tmp_path):
     (tmp_path / "holiday.jpg").touch()
     with pytest.raises(ValueError, match=r"holds files but no run\.json \(holiday\.jpg"):
@@ -52,7 +62,12 @@ def test_a_half_written_record_is_never_the_one_that_is_read(tmp_path):
 
 def test_no_path_of_a_machine_is_recorded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert portable({"model": str(tmp_path / "runs" / "a"), "n": [1, str(tmp_path)]}) == {
-        "model": "runs/a",
-        "n": [1, "."],
+    assert portable({"train": {"dataset": str(tmp_path / "a")}, "n": [1]}) == {"train": {"dataset": "a"}, "n": [1]}
+    assert portable({"dataset": "user/texts", "sample_prompts": ["/think about it"]}) == {
+        "dataset": "user/texts",
+        "sample_prompts": ["/think about it"],
     }
+    monkeypatch.setattr(
+        "sys.argv", ["x", "--config", str(tmp_path / "a.yaml"), f"--dataset={tmp_path}/b", "--seed", "1"]
+    )
+    assert start(tmp_path / "run").content["command"].endswith("--config a.yaml --dataset=b --seed 1")

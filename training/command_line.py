@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from trl.scripts.utils import TrlParser
@@ -20,8 +20,8 @@ RECIPE_HELP = (
 def parse_arguments(*dataclass_types: type, description: str = "") -> tuple[Any, ...]:
     """One instance of each dataclass, from `--config FILE.yaml` and `--field value` on the command line.
 
-    Last comes a dictionary of the fields that recipe or command line name, with their parsed values: what was asked
-    for, without the defaults.
+    Last comes a dictionary of the fields to which recipe or command line give another value than the default: what was
+    asked for.
 
     Raises:
         FileNotFoundError: no such recipe.
@@ -48,10 +48,25 @@ def parse_arguments(*dataclass_types: type, description: str = "") -> tuple[Any,
             mend = f"did you mean {similar[0]!r}?" if similar else "--help lists the fields there are."
             raise ValueError(f"Unknown field {name!r} in {place}: {mend}")
     named = {word.removeprefix("--").split("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    named |= {name.removeprefix("no_") for name in named}  # --no_FIELD switches one off
     if "--config" in words:
         named |= set(yaml.safe_load(Path(recipe[0]).read_text(encoding="utf-8")))
-    given = {name: getattr(instance, name) for instance in parsed for name in vars(instance) if name in named}
+    given = {}
+    for instance in parsed:
+        kinds = get_type_hints(type(instance))
+        for field in fields(instance):
+            value = getattr(instance, field.name)
+            if field.name in named and value != field.default:
+                _check_type(field.name, kinds[field.name], value)
+                given[field.name] = value
     return *parsed, given
+
+
+def _check_type(name: str, kind: Any, value: Any) -> None:
+    """Raises where a recipe gave a plain field something else; argparse converts what is on the command line."""
+    accepted = {int: int, float: (int, float), str: str, bool: bool}.get(kind)
+    if accepted and (not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool))):
+        raise ValueError(f"The field {name!r} is {value!r}: give a value of type {kind.__name__}.")
 
 
 @contextlib.contextmanager

@@ -30,6 +30,11 @@ def pack_documents(
     return pack_dataset(pieces, block_size, strategy="bfd_split", map_kwargs=_progress(dataset, "Packing"))
 
 
+def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token from which a document's first one is predicted: bos, or where there is none, as in Qwen's, eos."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, block_size: int) -> dict[str, list]:
     # Text that spells a special token is text: a web page must not be able to end a document.
     encoded = tokenizer(
@@ -40,10 +45,9 @@ def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, block_
         return_token_type_ids=False,
         verbose=False,
     )["input_ids"]
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     pieces = []
     for ids in encoded:
-        document = bos + ids + [tokenizer.eos_token_id]
+        document = [document_start(tokenizer), *ids, tokenizer.eos_token_id]
         pieces += [document[i : i + block_size] for i in range(0, max(1, len(document) - 1), block_size - 1)]
     return {"input_ids": pieces}
 

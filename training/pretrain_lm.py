@@ -9,17 +9,20 @@ transformers' `TrainingArguments`.
 """
 
 import gzip
+import hashlib
 import json
 import lzma
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -27,6 +30,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    get_scheduler,
     set_seed,
 )
 
@@ -37,12 +41,13 @@ from hub_cards.build_card import build_card
 
 from .command_line import parse_arguments, plain_errors
 from .matmul_peak import choose_precision, matmul_peak
-from .packing import PackedBlockCollator, pack_documents
+from .packing import PackedBlockCollator, document_start, pack_documents
 from .run_folder_trainer import (
     CHECKPOINT_BYTES_PER_PARAMETER,
     NonFiniteError,
     RunFolderMixin,
     check_disk_space,
+    last_good_checkpoint,
     prepare_to_resume,
 )
 from .run_record import RunRecord
@@ -74,7 +79,8 @@ class PretrainArguments(TextDataArguments):
     )
     block_size: int = field(default=512, metadata={"help": "Length of a training block, in tokens."})
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Text to evaluate on, as --dataset, which it defaults to."}
+        default=None,
+        metadata={"help": "Text to evaluate on, in a column `text`. By default another split of --dataset."},
     )
     eval_dataset_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
     precision: str = field(
@@ -88,7 +94,23 @@ class PretrainArguments(TextDataArguments):
 
     def __post_init__(self):
         if isinstance(self.config_overrides, str):
-            self.config_overrides = json.loads(self.config_overrides)
+            try:
+                self.config_overrides = json.loads(self.config_overrides)
+            except ValueError as error:
+                raise ValueError(
+                    f'--config_overrides is not JSON such as {{"num_hidden_layers": 4}}: {error}.'
+                ) from error
+        overridden = self.config_overrides or {}
+        if not isinstance(overridden, dict):
+            raise ValueError(f"--config_overrides is {overridden!r}: give config fields and their values.")
+        if unknown := overridden.keys() - {field.name for field in fields(LlamaStyleConfig)}:
+            raise ValueError(f"--config_overrides names {', '.join(sorted(unknown))}, which LlamaStyleConfig has not.")
+        if overridden and self.model is not None:
+            raise ValueError("--config_overrides is for a new model, and --model names one that has its config.")
+        if isinstance(self.sample_prompts, str):
+            self.sample_prompts = [self.sample_prompts]
+        if not self.sample_prompts:
+            raise ValueError("--sample_prompts is empty: give at least one text to continue.")
         if self.size not in SIZES:
             raise ValueError(f"--size {self.size!r} is not known: take one of {', '.join(SIZES)}.")
         if self.precision not in ("auto", "fp32", "bf16"):
@@ -103,7 +125,10 @@ class OptimizationArguments(TrainingArguments):
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Or warmup_stable_decay, ..."})
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
-        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Options of the schedule, as JSON."}
+        default=None,
+        metadata={
+            "help": 'Options of the schedule, as JSON; {"min_lr_rate": 0.1} for cosine_with_min_lr unless given.'
+        },
     )
     weight_decay: float = field(default=0.1, metadata={"help": "Decay of matrices; norms and biases have none."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta."})
@@ -113,6 +138,8 @@ class OptimizationArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         self.logging_nan_inf_filter = False  # it would hide behind an average the loss at which we stop
         self.remove_unused_columns = False  # the collator reads more columns than the model
         self.dataloader_pin_memory = torch.cuda.is_available()
@@ -164,7 +191,7 @@ class SampleCallback(TrainerCallback):
         self.record, self.tokenizer, self.prompts = record, tokenizer, prompts
 
     def on_evaluate(self, args, state, control, model, **kwargs):
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(args.seed)
             texts = [continue_text(model, self.tokenizer, p, do_sample=True, temperature=0.8) for p in self.prompts]
         if not state.is_world_process_zero:
@@ -177,11 +204,11 @@ class SampleCallback(TrainerCallback):
 
 
 def continue_text(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, **options) -> str:
-    """The prompt and up to 64 more tokens."""
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    """The prompt, as the beginning of a document, and up to 64 more tokens."""
+    prompt_ids = [document_start(tokenizer), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
     was_training = model.training
     model.eval()
-    ids = model.generate(**inputs, max_new_tokens=SAMPLE_TOKENS, **options)
+    ids = model.generate(torch.tensor([prompt_ids], device=model.device), max_new_tokens=SAMPLE_TOKENS, **options)
     model.train(was_training)
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 
@@ -199,7 +226,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def build_model(arguments: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> LlamaStyleForCausalLM:
     """A new model of the asked size and the tokenizer's vocabulary, or the one in the folder `arguments.model`."""
     if arguments.model is not None:
-        model = load_checkpoint(arguments.model)
+        # Autocast computes in bfloat16 where it is told to; weights that an optimizer updates are float32.
+        model = load_checkpoint(arguments.model).float()
         model.set_attn_implementation(arguments.attn_implementation)
         if model.config.vocab_size < len(tokenizer):
             raise ValueError(
@@ -208,16 +236,26 @@ def build_model(arguments: PretrainArguments, tokenizer: PreTrainedTokenizerBase
             )
         return model
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    fields = (
-        SIZES[arguments.size].config | {"vocab_size": len(tokenizer)} | special | (arguments.config_overrides or {})
-    )
-    return LlamaStyleForCausalLM._from_config(
-        LlamaStyleConfig(**fields), attn_implementation=arguments.attn_implementation
-    )
+    shape = SIZES[arguments.size].config | {"vocab_size": len(tokenizer)} | special
+    try:
+        config = LlamaStyleConfig(**shape | (arguments.config_overrides or {}))
+    except StrictDataclassError as error:
+        raise ValueError(f"--config_overrides: {error}") from error
+    return LlamaStyleForCausalLM._from_config(config, attn_implementation=arguments.attn_implementation)
 
 
 def check_arguments(arguments: PretrainArguments, training: OptimizationArguments, model, tokenizer) -> None:
     """What can be told wrong before any text is read."""
+    if training.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {training.n_gpu} GPUs: start one for each with `accelerate launch -m "
+            "training.pretrain_lm`, or hide the others with CUDA_VISIBLE_DEVICES=0."
+        )
+    if training.bf16 or training.fp16:
+        raise ValueError("--bf16 and --fp16 are chosen by --precision here: give --precision bf16.")
+    if training.save_strategy == "best" or training.save_only_model:
+        raise ValueError("--save_strategy best and --save_only_model make checkpoints that cannot be resumed from.")
+    check_schedule(training)
     context = model.config.max_position_embeddings
     if not 2 <= arguments.block_size <= context:
         raise ValueError(
@@ -228,9 +266,22 @@ def check_arguments(arguments: PretrainArguments, training: OptimizationArgument
         raise ValueError(f"The tokenizer {arguments.tokenizer} has no eos token, which ends a document: add one.")
     if arguments.streaming and training.max_steps <= 0:
         raise ValueError("A stream has no known length: give --max_steps.")
-    kept = (training.save_total_limit or 1) + 1
-    if training.save_strategy != "no":
-        check_disk_space(Path(training.output_dir), kept * CHECKPOINT_BYTES_PER_PARAMETER * model.num_parameters())
+
+
+def check_schedule(training: OptimizationArguments) -> None:
+    """Builds the schedule once for nothing: its options would otherwise be read after the text is tokenised."""
+    try:
+        get_scheduler(
+            training.lr_scheduler_type,
+            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=training.learning_rate),
+            num_warmup_steps=1,
+            num_training_steps=1000,
+            scheduler_specific_kwargs=dict(training.lr_scheduler_kwargs or {}),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--lr_scheduler_type {training.lr_scheduler_type} does not go with these --lr_scheduler_kwargs: {error}"
+        ) from error
 
 
 def load_texts(
@@ -243,7 +294,7 @@ def load_texts(
     if not evaluates:
         return train, None, data
     name, split = arguments.eval_dataset or arguments.dataset, arguments.eval_dataset_split
-    held_out = load_text_dataset(name, split, **options)
+    held_out = load_text_dataset(name, split, **(options if arguments.eval_dataset is None else {}))
     data["eval"] = describe_texts(held_out, name, split)
     return train, held_out, data
 
@@ -255,6 +306,10 @@ def compressed_bits_per_byte(texts: Dataset) -> dict[str, float]:
         return {}
     compressed = {"gzip": gzip.compress(joined, 9), "xz": lzma.compress(joined, preset=9)}
     return {f"{name}_bits_per_byte": round(8 * len(packed) / len(joined), 4) for name, packed in compressed.items()}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def flops_per_token(model: nn.Module) -> float:
@@ -296,7 +351,7 @@ def describe_training(
 
 def final_metrics(history: list[dict[str, float]]) -> dict[str, float]:
     """The last evaluation and loss of a run, and its median speed."""
-    steps = [entry for entry in history if "loss" in entry]
+    steps = [entry for entry in history if "loss" in entry]  # the last step always logs
     evaluations = [entry for entry in history if "eval_loss" in entry]
     metrics = {"train_loss": steps[-1]["loss"], "tokens_seen": steps[-1]["tokens_seen"]}
     for name in ("tokens_per_second", "matmul_share"):
@@ -320,20 +375,29 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
     model = build_model(arguments, tokenizer)
     check_arguments(arguments, training, model, tokenizer)
     train_texts, held_out_texts, data = load_texts(arguments, evaluates=training.eval_strategy != "no")
+    data["tokenizer"] = {"path": arguments.tokenizer, "fingerprint": _digest(tokenizer.backend_tokenizer.to_str())}
+    if arguments.model is not None:
+        weights = [parameter.double().sum().item() for parameter in model.parameters()]
+        data["model"] = {"path": arguments.model, "fingerprint": _digest(str(weights))}
 
-    with training.main_process_first(desc="opening the run folder"):
-        record = RunRecord.start(training.output_dir, "pretrain_lm", given, data, writes=is_main_process)
+    record = RunRecord.start(training.output_dir, "pretrain_lm", given, data, writes=is_main_process)
     if record.finished:
         print(f"{training.output_dir} holds this run, finished: only its card is written anew.")
         if is_main_process:
             build_card(training.output_dir)
         return None
-    checkpoint = prepare_to_resume(training.output_dir, is_main_process)
+    with training.main_process_first(desc="opening the run folder"):
+        checkpoint = (prepare_to_resume if is_main_process else last_good_checkpoint)(training.output_dir)
+    if is_main_process and training.save_strategy != "no":
+        room = (training.save_total_limit or 1) + 1 - len(list(Path(training.output_dir).glob("checkpoint-*")))
+        check_disk_space(Path(training.output_dir), room * CHECKPOINT_BYTES_PER_PARAMETER * model.num_parameters())
 
-    # A resumed run keeps the precision it began with: a measurement may come out otherwise the second time.
+    # A resumed run keeps the precision it began with: a measurement may come out otherwise the second time. For the
+    # same reason the main process decides for all.
     precision = record.content.get("training", {}).get("precision") or (
         choose_precision(training.device) if arguments.precision == "auto" else arguments.precision
     )
+    precision = broadcast_object_list([precision])[0]
     training.bf16, training.mixed_precision = precision == "bf16", {"bf16": "bf16", "fp32": "no"}[precision]
     peak = matmul_peak(training.device, torch.bfloat16 if training.bf16 else torch.float32) * training.world_size
 
@@ -341,8 +405,16 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
         train, held_out = (
             texts and pack_documents(texts, tokenizer, arguments.block_size) for texts in (train_texts, held_out_texts)
         )
-    if arguments.streaming:
-        train = train.shuffle(seed=training.seed, buffer_size=SHUFFLED_BLOCKS)
+    if not arguments.streaming:
+        # Whole batches only, however they are made up of processes and accumulation: an uneven end would be filled up
+        # with repeated rows, or be a smaller step.
+        batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        if len(train) < batch:
+            raise ValueError(f"The text fills {len(train)} blocks and a batch takes {batch}: give more text or fewer.")
+        train = train.select(range(len(train) - len(train) % batch))
+    else:
+        # Repeated within one epoch: of a stream's later epochs Trainer could not find the place where it stopped.
+        train = train.shuffle(seed=training.seed, buffer_size=SHUFFLED_BLOCKS).repeat(None)
         # Each process reads its own shards; the default would have the first one read for all.
         training.accelerator_config.dispatch_batches = False
     record.save(
@@ -375,7 +447,8 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
 def finish(trainer: PretrainTrainer) -> None:
     """Saves the model into the run folder and writes what came of the run: metrics, an example, the card."""
     history, last_step = trainer.state.log_history, trainer.state.global_step
-    if trainer.eval_dataset is not None and not any("eval_loss" in log for log in history if log["step"] == last_step):
+    evaluated = any("eval_loss" in log for log in history if log["step"] == last_step)
+    if trainer.eval_dataset is not None and (not evaluated or trainer.args.load_best_model_at_end):
         trainer.evaluate()
     trainer.model.config.use_cache = True  # Trainer switches it off, and the published model is there to generate
     if trainer.is_fsdp_enabled:  # checkpoints are sharded, the model that others load is whole

@@ -120,14 +120,15 @@ class RunFolderMixin:
 
     def _non_finite(self, what: str, inputs: dict[str, Any]) -> NonFiniteError:
         step = self.state.global_step + 1
-        path = Path(self.args.output_dir) / f"nonfinite_step_{step}_process_{self.args.process_index}.safetensors"
+        path = Path(self.args.output_dir) / "nonfinite" / f"step_{step}_process_{self.args.process_index}.safetensors"
+        path.parent.mkdir(exist_ok=True)
         save_file({name: value.contiguous() for name, value in inputs.items() if torch.is_tensor(value)}, path)
         checkpoint = last_good_checkpoint(self.args.output_dir)
         self.record.save(history=self.state.log_history, status=f"stopped at step {step}: {what}")
         return NonFiniteError(
             f"Stopped at step {step}, before the optimizer's update: {what} on the batch {self.describe_batch(inputs)} "
             f"(saved as {path}). Last good checkpoint: {checkpoint or 'none yet'}. "
-            "Lower the learning rate or look at that batch."
+            "Look at that batch, or begin a new --output_dir with --model CHECKPOINT and a lower --learning_rate."
         )
 
     # ---- throughput ----
@@ -177,29 +178,34 @@ class RunFolderMixin:
 
 
 class _LogBeforeSaving(TrainerCallback):
-    """Logs at every step that saves.
+    """Logs at every step that saves, and at the last.
 
     The sums behind a logged loss are not part of a checkpoint: they must be empty when it is written, or the first
     loss after a resume would be another one than that of the run that was never stopped.
     """
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_log = control.should_log or control.should_save
+        control.should_log |= control.should_save or state.global_step >= state.max_steps
+
+    on_epoch_end = on_step_end
 
 
 def last_good_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest `checkpoint-N` whose files can all be read; one that cannot is passed over with a word about it."""
-    checkpoints = Path(output_dir).glob("checkpoint-*")
-    numbered = [path for path in checkpoints if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        fault = _fault(path)
-        if fault is None:
-            return str(path)
-        print(f"{path} is passed over: {fault}")
-    return None
+    """The newest `checkpoint-N` that is whole: every file there and readable, as far as headers and lengths tell."""
+    return next((str(path) for path in _checkpoints(output_dir) if _fault(path) is None), None)
+
+
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    """Newest first, by number."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 def _fault(checkpoint: Path) -> str | None:
+    # Optimizers are saved as optimizer.pt, by FSDP as optimizer_0/, by DeepSpeed in global_stepN/.
+    for needed in (("optimizer", "global_step"), ("rng_state",)):
+        if not any(path.name.startswith(needed) for path in checkpoint.iterdir()):
+            return f"it has no {needed[0]}"
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         for path in checkpoint.glob("*.safetensors"):
@@ -213,11 +219,22 @@ def _fault(checkpoint: Path) -> str | None:
     return None
 
 
-def prepare_to_resume(output_dir: str | Path, is_main_process: bool) -> str | None:
-    """Clears what a killed save left behind and returns the checkpoint to go on from, None for a fresh start."""
-    if is_main_process:
-        shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
-    return last_good_checkpoint(output_dir)
+def prepare_to_resume(output_dir: str | Path) -> str | None:
+    """Returns the checkpoint to go on from, None for a fresh start; for the main process to call.
+
+    What a killed save left behind is removed. A damaged checkpoint newer than the one returned is set aside under
+    another name: the run will come to its step again.
+    """
+    shutil.rmtree(Path(output_dir) / STAGING, ignore_errors=True)
+    for path in _checkpoints(output_dir):
+        fault = _fault(path)
+        if fault is None:
+            return str(path)
+        aside = path.with_name(f"damaged_{path.name}")
+        print(f"{path} cannot be resumed from ({fault}): it is now {aside}.")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return None
 
 
 def check_disk_space(folder: Path, needed: int) -> None:

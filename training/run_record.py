@@ -23,7 +23,17 @@ import torch
 FILE_NAME = "run.json"
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "trl", "hf_models")
 # Fields that change neither what is trained nor on what: a run may be resumed with other values of these.
-FREE_FIELDS = {"output_dir", "report_to", "run_name", "disable_tqdm", "save_total_limit", "dataloader_num_workers"}
+FREE_FIELDS = {
+    "output_dir",
+    "report_to",
+    "run_name",
+    "disable_tqdm",
+    "save_total_limit",
+    "sample_prompts",
+    "per_device_eval_batch_size",
+}
+# The entries of a record that are paths, unless they name something else (a sample, a Hub id).
+PATH_FIELDS = {"config", "dataset", "eval_dataset", "model", "output_dir", "path", "tokenizer"}
 
 
 class RunRecord:
@@ -39,7 +49,7 @@ class RunRecord:
     def start(
         cls, output_dir: str | Path, task: str, arguments: dict[str, Any], data: dict[str, Any], writes: bool = True
     ) -> "RunRecord":
-        """Opens `output_dir` for this run: new, or the same one again after a stop.
+        """Opens `output_dir` for this run: new, or the same one again after a stop. Writes nothing yet: `save` does.
 
         Args:
             task: the script's name, such as "pretrain_lm".
@@ -50,6 +60,8 @@ class RunRecord:
         Raises ValueError, before anything is written, where the folder holds another run or other files.
         """
         output_dir = Path(output_dir)
+        # As many processes make another batch of the same arguments.
+        arguments = arguments | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
         asked = {"task": task, "arguments": portable(arguments), "data": portable(data)}
         previous = _read(output_dir)
         if previous is not None:
@@ -68,7 +80,6 @@ class RunRecord:
             "hardware": hardware(on_cpu=bool(arguments.get("use_cpu"))),
         }
         content["sessions"].append({"started": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": 0.0})
-        record.save()
         return record
 
     @property
@@ -91,16 +102,16 @@ class RunRecord:
         self.save(metrics=metrics, status="finished", **sections)
 
 
-def portable(value: Any) -> Any:
-    """`value` as JSON holds it, absolute paths made relative to the working folder."""
+def portable(value: Any, name: str = "") -> Any:
+    """`value` as JSON holds it, an absolute path (in an entry whose `name` says so) made relative."""
     if isinstance(value, dict):
-        return {str(key): portable(item) for key, item in value.items()}
+        return {str(key): portable(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
         return [portable(item) for item in value]
     if isinstance(value, bool | int | float | None):
         return value
     text = str(getattr(value, "value", value))  # an enum's value
-    return os.path.relpath(text) if os.path.isabs(text) else text
+    return os.path.relpath(text) if name in PATH_FIELDS and os.path.isabs(text) else text
 
 
 def git_revision() -> str | None:
@@ -168,5 +179,12 @@ def _check_same_run(output_dir: Path, previous: dict[str, Any], asked: dict[str,
 def _command() -> str:
     """The command as it can be pasted again: `python -m training.x ...` with relative paths."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["python", "-m", module.name] if module else ["python", portable(os.path.abspath(sys.argv[0]))]
-    return shlex.join(program + [portable(word) for word in sys.argv[1:]])
+    program = ["python", "-m", module.name] if module else ["python", portable(os.path.abspath(sys.argv[0]), "path")]
+    words = list(sys.argv[1:])
+    for i, word in enumerate(words):
+        field, equals, value = word.partition("=")
+        if equals and field.startswith("--"):
+            words[i] = f"{field}={portable(value, field.removeprefix('--'))}"
+        elif i and words[i - 1].startswith("--"):
+            words[i] = portable(word, words[i - 1].removeprefix("--"))
+    return shlex.join(program + words)

@@ -164,7 +164,7 @@ def _load_local_files(
             _check_json_lines(file, text_column)
 
     data_files = {name: list(map(str, files_by_split[name])) for name in asked}
-    options = {"sample_by": "paragraph"} if kind == "text" else {}
+    options = {"sample_by": "paragraph", "encoding": "utf-8-sig"} if kind == "text" else {}
     try:
         return datasets.load_dataset(kind, data_files=data_files, split=split, streaming=streaming, **options)
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowException) as error:

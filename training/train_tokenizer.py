@@ -67,17 +67,14 @@ def main() -> None:
             print(f"{arguments.output_dir} holds this tokenizer, finished: only its card is written anew.")
             build_card(arguments.output_dir)
             return
-        try:
-            tokenizer = train_bpe(
-                iterate_texts(texts, arguments.max_bytes),
-                vocab_size=arguments.vocab_size,
-                style=arguments.style,
-                pattern=arguments.pattern,
-                model_max_length=arguments.model_max_length,
-            )
-        except ValueError:
-            record.path.unlink()  # Nothing was made: the folder stays free for the mended command.
-            raise
+        tokenizer = train_bpe(
+            iterate_texts(texts, arguments.max_bytes),
+            vocab_size=arguments.vocab_size,
+            style=arguments.style,
+            pattern=arguments.pattern,
+            model_max_length=arguments.model_max_length,
+        )
+        record.save()
     tokenizer.save_pretrained(arguments.output_dir)
 
     report = {}
