@@ -199,8 +199,9 @@ def _metadata(run: dict[str, Any], name: str) -> ModelCardData:
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=hub.get("pipeline_tag"),
-        # Weights and vocabularies are passed on under the licence of the text that they were made from.
-        license=info.get("license"),
+        # Weights and vocabularies are passed on under the licence of the text that they were made from, unless another
+        # model, whose terms no run knows, was their beginning.
+        license=None if run["arguments"].get("model") else info.get("license"),
         language=info.get("language"),
         datasets=sorted(set(datasets)) or None,
         tags=[model_type, *hub["tags"]] if model_type else hub["tags"],

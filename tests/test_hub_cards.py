@@ -125,6 +125,16 @@ def test_metadata_is_what_the_run_recorded(tmp_path):
     assert results["loss"].dataset_split == "test"
 
 
+def test_a_model_trained_further_claims_nothing_for_its_beginning(tmp_path):
+    run = full_run()
+    run["arguments"]["model"] = "models/base"
+    card = ModelCard.load(build_card(write_run(tmp_path / "model", run)))
+    assert card.data.license is None
+    assert "further from `models/base`" in card.text
+    assert "The weights are under" not in card.text
+    assert "tokens a parameter" not in card.text
+
+
 def test_only_data_sets_of_the_hub_are_linked(tmp_path):
     run = full_run()
     assert ModelCard.load(build_card(write_run(tmp_path / "sample", run))).data.datasets is None
