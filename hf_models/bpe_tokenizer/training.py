@@ -102,13 +102,8 @@ def _train_byte_level(pieces: Iterable[str], vocab_size: int, regex: str) -> Tok
         _refuse_little_text(vocab_size, merges=len(ranks) - 256, largest=len(ranks) + len(ADDED_TOKENS))
 
     printable = dict(enumerate(_printable_bytes()))
-    names = {token: token.decode("latin-1").translate(printable) for token in ranks}
-    backend = Tokenizer(
-        BPE(
-            vocab={names[token]: rank for token, rank in ranks.items()},
-            merges=[tuple(names[part] for part in _merged_pair(token, ranks)) for token in ranks if len(token) > 1],
-        )
-    )
+    vocab = {token.decode("latin-1").translate(printable): rank for token, rank in ranks.items()}
+    backend = Tokenizer(BPE(vocab=vocab, merges=_merges(vocab)))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(regex), behavior="isolated"),
@@ -119,18 +114,33 @@ def _train_byte_level(pieces: Iterable[str], vocab_size: int, regex: str) -> Tok
     return backend
 
 
-def _merged_pair(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two parts whose merge is `token` (two bytes or more): what all earlier merges leave of its bytes."""
-    rank = ranks[token]
-    cuts = [i for i in range(1, len(token)) if max(ranks.get(token[:i], rank), ranks.get(token[i:], rank)) < rank]
-    if len(cuts) == 1:  # True of most tokens, and quicker to find than to repeat the merges.
-        return [token[: cuts[0]], token[cuts[0] :]]
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pair_ranks = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
-        earliest = pair_ranks.index(min(pair_ranks))
-        parts[earliest : earliest + 2] = [parts[earliest] + parts[earliest + 1]]
-    return parts
+def _merges(ranks: dict[str, int]) -> list[tuple[str, str]]:
+    """The two parts of each token of several characters, in the order of `ranks`, which is that of the merges.
+
+    They are what all earlier merges leave of the token's characters.
+    """
+    merges = []
+    rank_of = ranks.get
+    for token, rank in ranks.items():
+        size = len(token)
+        # One cut into two earlier tokens is the one, and quicker to find than to repeat the merges.
+        cuts = [i for i in range(1, size) if rank_of(token[:i], rank) < rank and rank_of(token[i:], rank) < rank]
+        if len(cuts) > 1:
+            parts = list(token)
+            pair_ranks = [rank_of(token[i : i + 2], rank) for i in range(size - 1)]
+            while len(parts) > 2:
+                earliest = pair_ranks.index(min(pair_ranks))
+                merged = parts[earliest] + parts[earliest + 1]
+                parts[earliest : earliest + 2] = [merged]
+                del pair_ranks[earliest]
+                if earliest < len(pair_ranks):
+                    pair_ranks[earliest] = rank_of(merged + parts[earliest + 1], rank)
+                if earliest > 0:
+                    pair_ranks[earliest - 1] = rank_of(parts[earliest - 1] + merged, rank)
+            merges.append((parts[0], parts[1]))
+        elif cuts:
+            merges.append((token[: cuts[0]], token[cuts[0] :]))
+    return merges
 
 
 def _printable_bytes() -> list[str]:
