@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from llama_pair import TINY
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -14,15 +15,6 @@ from hf_models import LlamaStyleConfig, LlamaStyleForCausalLM, LlamaStyleForSequ
 from hf_models.convert import convert
 from hf_models.llama_style.checkpoints import load_checkpoint, save_checkpoint
 
-TINY = {
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 LLAMA_3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,

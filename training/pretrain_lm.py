@@ -299,6 +299,27 @@ def load_texts(
     return train, held_out, data
 
 
+def training_blocks(
+    texts: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    training: OptimizationArguments,
+) -> Dataset | IterableDataset:
+    """Packed blocks in whole batches: a table, or an endless shuffled stream."""
+    blocks = pack_documents(texts, tokenizer, block_size)
+    if isinstance(blocks, IterableDataset):
+        # Each process reads its own shards; the default would have the first one read for all.
+        training.accelerator_config.dispatch_batches = False
+        # Repeated within one epoch: of a stream's later epochs Trainer could not find the place where it stopped.
+        return blocks.shuffle(seed=training.seed, buffer_size=SHUFFLED_BLOCKS).repeat(None)
+    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    if len(blocks) < batch:
+        raise ValueError(f"The text fills {len(blocks)} blocks and a batch takes {batch}: give more text or fewer.")
+    # However a batch is made up of processes and accumulation, an uneven end would be filled up with repeated rows, or
+    # be a smaller step.
+    return blocks.select(range(len(blocks) - len(blocks) % batch))
+
+
 def compressed_bits_per_byte(texts: Dataset) -> dict[str, float]:
     """What general compressors make of the held-out text: the yardstick beside the model's bits per byte."""
     joined = "\n\n".join(texts["text"]).encode()
@@ -380,6 +401,7 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
         weights = [parameter.double().sum().item() for parameter in model.parameters()]
         data["model"] = {"path": arguments.model, "fingerprint": _digest(str(weights))}
 
+    # Opened before the work of tokenising, so that a folder in use is refused at once.
     record = RunRecord.start(training.output_dir, "pretrain_lm", given, data, writes=is_main_process)
     if record.finished:
         print(f"{training.output_dir} holds this run, finished: only its card is written anew.")
@@ -402,21 +424,8 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
     peak = matmul_peak(training.device, torch.bfloat16 if training.bf16 else torch.float32) * training.world_size
 
     with training.main_process_first(desc="tokenising"):
-        train, held_out = (
-            texts and pack_documents(texts, tokenizer, arguments.block_size) for texts in (train_texts, held_out_texts)
-        )
-    if not arguments.streaming:
-        # Whole batches only, however they are made up of processes and accumulation: an uneven end would be filled up
-        # with repeated rows, or be a smaller step.
-        batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-        if len(train) < batch:
-            raise ValueError(f"The text fills {len(train)} blocks and a batch takes {batch}: give more text or fewer.")
-        train = train.select(range(len(train) - len(train) % batch))
-    else:
-        # Repeated within one epoch: of a stream's later epochs Trainer could not find the place where it stopped.
-        train = train.shuffle(seed=training.seed, buffer_size=SHUFFLED_BLOCKS).repeat(None)
-        # Each process reads its own shards; the default would have the first one read for all.
-        training.accelerator_config.dispatch_batches = False
+        train = training_blocks(train_texts, tokenizer, arguments.block_size, training)
+        held_out = held_out_texts and pack_documents(held_out_texts, tokenizer, arguments.block_size)
     record.save(
         model={
             "parameters": model.num_parameters(),
