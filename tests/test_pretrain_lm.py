@@ -106,6 +106,32 @@ def count_predicted_tokens(finished):
     return sum(len(ids) + 1 for ids in tokenizer(held_out["text"][:], add_special_tokens=False)["input_ids"])
 
 
+EVERY_CLASS = """
+import sys
+sys.modules["hf_models"] = None
+import torch
+from transformers import (
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+)
+folder, trust = sys.argv[1], {"trust_remote_code": True}
+assert AutoConfig.from_pretrained(folder, **trust).model_type == "llama_style"
+ids = AutoTokenizer.from_pretrained(folder, **trust)("The river", return_tensors="pt").input_ids
+hidden = AutoModel.from_pretrained(folder, **trust)(ids).last_hidden_state
+causal = AutoModelForCausalLM.from_pretrained(folder, **trust)
+torch.testing.assert_close(causal.lm_head(hidden), causal(ids).logits)
+assert AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, **trust)(ids).logits.shape == (1, 3)
+text = pipeline("text-generation", folder, **trust)("The river", max_new_tokens=4)[0]["generated_text"]
+assert text.startswith("The river")
+"""
+
+
+def test_the_folder_opens_with_every_auto_class_and_the_pipeline(finished, tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", EVERY_CLASS, str(finished)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_the_folder_opens_where_hf_models_is_not_installed(finished, capfd):
     open_as_a_stranger(finished, PROMPTS)
     printed = capfd.readouterr().out
