@@ -291,6 +291,8 @@ def load_texts(
     options = {"text_column": arguments.text_column, "config": arguments.dataset_config}
     train = load_text_dataset(arguments.dataset, arguments.dataset_split, streaming=arguments.streaming, **options)
     data = {"train": describe_texts(train, arguments.dataset, arguments.dataset_split)}
+    if data["train"].get("bytes") == 0:
+        raise ValueError(f"Every document of {arguments.dataset} ({arguments.dataset_split}) is empty: give some text.")
     if not evaluates:
         return train, None, data
     name, split = arguments.eval_dataset or arguments.dataset, arguments.eval_dataset_split
@@ -470,7 +472,7 @@ def finish(trainer: PretrainTrainer) -> None:
     record.finish(metrics, history=history, example={"prompt": prompt, "text": text})
     if trainer.is_world_process_zero():
         build_card(trainer.args.output_dir)
-    print(f"{trainer.args.output_dir}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        print(f"{trainer.args.output_dir}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
 
 def main() -> None:

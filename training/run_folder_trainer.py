@@ -35,7 +35,10 @@ class NonFiniteError(ValueError):
 
 
 class RunFolderMixin:
-    """Put before a trainer class: `class MyTrainer(RunFolderMixin, Trainer)`.
+    """Put before a trainer class: `class MyTrainer(RunFolderMixin, Trainer)`, which defines two methods.
+
+    - `units_in_step(inputs, num_items_in_batch)`: tokens or images of one optimizer step over all processes;
+    - `describe_batch(inputs)`: a few words by which a person finds the batch again.
 
     Args:
         record: the run's `RunRecord`.
@@ -132,14 +135,6 @@ class RunFolderMixin:
         )
 
     # ---- throughput ----
-
-    def units_in_step(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int) -> torch.Tensor | int:
-        """Tokens or images of one optimizer step over all processes."""
-        raise NotImplementedError
-
-    def describe_batch(self, inputs: dict[str, Any]) -> str:
-        """A few words by which a person finds the batch again."""
-        raise NotImplementedError
 
     def evaluate(self, *args, **kwargs):
         with self._clock_stopped():
