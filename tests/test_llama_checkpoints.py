@@ -172,7 +172,7 @@ class TestRefusals:
 
     def test_wrong_shapes(self, folder):
         rewrite_config(folder, vocab_size=50)
-        with pytest.raises(ValueError, match=r"in shape: .*embed_tokens\.weight \(48, 32\) instead of \(50, 32\)"):
+        with pytest.raises(ValueError, match=r"in shape: .*embed_tokens\.weight \(96, 32\) instead of \(50, 32\)"):
             load_checkpoint(folder)
 
     def test_untied_config_without_head(self, folder):
