@@ -1,6 +1,6 @@
 """The model card of a run folder, from its `run.json` and nothing else.
 
-    python -m hub_cards.build_card runs/quickstart/model
+    python -m hub_cards.build_card runs/quickstart/language_model
 
 Each task of `training/` has a template, `templates/{task}.md.jinja`. A figure that no run recorded does not appear: a
 section whose data are missing is left out, and a card that cannot do without them is refused.
@@ -60,6 +60,7 @@ NOT_HYPERPARAMETERS = {
     "matmul_peak_gflops",
     "model",
     "output_dir",
+    "processes",
     "report_to",
     "run_name",
     "sample_prompts",

@@ -36,7 +36,7 @@ def test_a_truncated_file_makes_the_one_before_the_last_good(run_folder, name, k
     assert last_good_checkpoint(run_folder) == str(run_folder / "checkpoint-10")
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
 def test_a_damaged_checkpoint_makes_room_for_the_one_that_comes(run_folder, name):
     (run_folder / "checkpoint-20" / name).unlink()
     assert prepare_to_resume(run_folder) == str(run_folder / "checkpoint-10")

@@ -73,10 +73,10 @@ def _check_type(name: str, kind: Any, value: Any) -> None:
 def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Ends the program with one line on stderr and exit status 2 at an error of `kinds`.
 
-    The default, ValueError and OSError, is for the parts of a command that read and check what the user gave. Around
-    a training loop it would hide where a defect of ours is: name the one error that is meant there.
+    The default, ValueError, OSError and ImportError, is for the parts of a command that read and check what the user
+    gave. Around a training loop it would hide where a defect of ours is: name the one error that is meant there.
     """
-    kinds = kinds or (ValueError, OSError)
+    kinds = kinds or (ValueError, OSError, ImportError)
     try:
         yield
     except kinds as error:

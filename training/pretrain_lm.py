@@ -251,6 +251,8 @@ def check_arguments(arguments: PretrainArguments, training: OptimizationArgument
             f"One process sees {training.n_gpu} GPUs: start one for each with `accelerate launch -m "
             "training.pretrain_lm`, or hide the others with CUDA_VISIBLE_DEVICES=0."
         )
+    if training.prediction_loss_only:
+        raise ValueError("--prediction_loss_only leaves nothing to compute the held-out loss from: leave it off.")
     if training.bf16 or training.fp16:
         raise ValueError("--bf16 and --fp16 are chosen by --precision here: give --precision bf16.")
     if training.save_strategy == "best" or training.save_only_model:
@@ -298,6 +300,8 @@ def load_texts(
     name, split = arguments.eval_dataset or arguments.dataset, arguments.eval_dataset_split
     held_out = load_text_dataset(name, split, **(options if arguments.eval_dataset is None else {}))
     data["eval"] = describe_texts(held_out, name, split)
+    if data["eval"]["bytes"] == 0:
+        raise ValueError(f"Every document of {name} ({split}) is empty: name another --eval_dataset_split.")
     return train, held_out, data
 
 
@@ -310,13 +314,15 @@ def training_blocks(
     """Packed blocks in whole batches: a table, or an endless shuffled stream."""
     blocks = pack_documents(texts, tokenizer, block_size)
     if isinstance(blocks, IterableDataset):
-        # Each process reads its own shards; the default would have the first one read for all.
+        # Each process reads for itself, its own shards where there are enough; by default the first reads for all.
         training.accelerator_config.dispatch_batches = False
         # Repeated within one epoch: of a stream's later epochs Trainer could not find the place where it stopped.
-        return blocks.shuffle(seed=training.seed, buffer_size=SHUFFLED_BLOCKS).repeat(None)
+        return blocks.repeat(None).shuffle(seed=training.seed, buffer_size=SHUFFLED_BLOCKS)
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     if len(blocks) < batch:
-        raise ValueError(f"The text fills {len(blocks)} blocks and a batch takes {batch}: give more text or fewer.")
+        raise ValueError(
+            f"The text fills {len(blocks)} blocks and a batch takes {batch}: give more text or a smaller batch."
+        )
     # However a batch is made up of processes and accumulation, an uneven end would be filled up with repeated rows, or
     # be a smaller step.
     return blocks.select(range(len(blocks) - len(blocks) % batch))
@@ -331,8 +337,11 @@ def compressed_bits_per_byte(texts: Dataset) -> dict[str, float]:
     return {f"{name}_bits_per_byte": round(8 * len(packed) / len(joined), 4) for name, packed in compressed.items()}
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _digest(*parts: Any) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def flops_per_token(model: nn.Module) -> float:
@@ -398,19 +407,22 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
     model = build_model(arguments, tokenizer)
     check_arguments(arguments, training, model, tokenizer)
     train_texts, held_out_texts, data = load_texts(arguments, evaluates=training.eval_strategy != "no")
-    data["tokenizer"] = {"path": arguments.tokenizer, "fingerprint": _digest(tokenizer.backend_tokenizer.to_str())}
+    data["tokenizer"] = {
+        "path": arguments.tokenizer,
+        "fingerprint": _digest(tokenizer.backend_tokenizer.to_str().encode()),
+    }
     if arguments.model is not None:
-        weights = [parameter.double().sum().item() for parameter in model.parameters()]
-        data["model"] = {"path": arguments.model, "fingerprint": _digest(str(weights))}
+        weights = (parameter.detach().view(torch.uint8).numpy() for parameter in model.parameters())
+        data["model"] = {"path": arguments.model, "fingerprint": _digest(*weights)}
 
     # Opened before the work of tokenising, so that a folder in use is refused at once.
     record = RunRecord.start(training.output_dir, "pretrain_lm", given, data, writes=is_main_process)
     if record.finished:
-        print(f"{training.output_dir} holds this run, finished: only its card is written anew.")
         if is_main_process:
+            print(f"{training.output_dir} holds this run, finished: only its card is written anew.")
             build_card(training.output_dir)
         return None
-    with training.main_process_first(desc="opening the run folder"):
+    with training.main_process_first(local=False, desc="opening the run folder"):
         checkpoint = (prepare_to_resume if is_main_process else last_good_checkpoint)(training.output_dir)
     if is_main_process and training.save_strategy != "no":
         room = (training.save_total_limit or 1) + 1 - len(list(Path(training.output_dir).glob("checkpoint-*")))
@@ -443,7 +455,9 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
         args=training,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=PackedBlockCollator(arguments.block_size, tokenizer.pad_token_id or tokenizer.eos_token_id),
+        data_collator=PackedBlockCollator(
+            arguments.block_size, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        ),
         processing_class=tokenizer,
         callbacks=[SampleCallback(record, tokenizer, arguments.sample_prompts)],
         record=record,

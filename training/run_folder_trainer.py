@@ -80,11 +80,11 @@ class RunFolderMixin:
         finally:
             self._staging = False
         self.accelerator.wait_for_everyone()
+        staged = output_dir / STAGING / name
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(output_dir / name)
         if self.args.should_save:
-            staged = output_dir / STAGING / name
-            if self.state.best_model_checkpoint == str(staged):
-                self.state.best_model_checkpoint = str(output_dir / name)
-                self.state.save_to_json(str(staged / "trainer_state.json"))
+            self.state.save_to_json(str(staged / "trainer_state.json"))
             os.replace(staged, output_dir / name)
             (output_dir / STAGING).rmdir()
             rotate_checkpoints(
@@ -157,6 +157,8 @@ class RunFolderMixin:
             if state.global_step >= state.max_steps:  # Trainer would take one step too many
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
+                if self.args.load_best_model_at_end and state.best_model_checkpoint:
+                    self._load_best_model()
                 return None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
@@ -197,10 +199,15 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def _fault(checkpoint: Path) -> str | None:
-    # Optimizers are saved as optimizer.pt, by FSDP as optimizer_0/, by DeepSpeed in global_stepN/.
-    for needed in (("optimizer", "global_step"), ("rng_state",)):
-        if not any(path.name.startswith(needed) for path in checkpoint.iterdir()):
-            return f"it has no {needed[0]}"
+    # One file each or shards; FSDP has folders for weights and optimizer, DeepSpeed one for both.
+    needed = {
+        "weights": ("model.", "model-", "pytorch_model", "global_step"),
+        "optimizer": ("optimizer", "global_step"),
+        "random state": ("rng_state",),
+    }
+    for what, names in needed.items():
+        if not any(path.name.startswith(names) for path in checkpoint.iterdir()):
+            return f"it has no {what}"
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         for path in checkpoint.glob("*.safetensors"):

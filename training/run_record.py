@@ -66,7 +66,7 @@ class RunRecord:
         previous = _read(output_dir)
         if previous is not None:
             _check_same_run(output_dir, previous, asked)
-            content = previous
+            content = previous | asked
         else:
             content = asked | {"metrics": {}, "history": [], "samples": [], "sessions": []}
         record = cls(output_dir, content, writes)
@@ -179,7 +179,9 @@ def _check_same_run(output_dir: Path, previous: dict[str, Any], asked: dict[str,
 def _command() -> str:
     """The command as it can be pasted again: `python -m training.x ...` with relative paths."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["python", "-m", module.name] if module else ["python", portable(os.path.abspath(sys.argv[0]), "path")]
+    program = ["-m", module.name] if module else [portable(os.path.abspath(sys.argv[0]), "path")]
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    program = (["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]) + program
     words = list(sys.argv[1:])
     for i, word in enumerate(words):
         field, equals, value = word.partition("=")
