@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from hf_models import LlamaStyleForCausalLM
 from hf_models.bpe_tokenizer import train_bpe
+from training.pretrain_lm import prepare
 from training.quickstart import PROMPTS, open_as_a_stranger
 from training.text_data import load_text_dataset
 
@@ -265,6 +267,22 @@ def refused(inputs, tmp_path, **changes):
 )
 def test_bad_input_is_refused_in_one_sentence_before_anything_is_written(inputs, tmp_path, changes, sentence):
     assert sentence in refused(inputs, tmp_path, **changes)
+
+
+def test_a_folder_with_another_run_is_refused_and_left_as_it_is(inputs, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    ended = run(inputs, finished, learning_rate=0.001)
+    assert ended.returncode == 2
+    assert "holds another run: learning_rate was 0.0005 and is now 0.001" in ended.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_told_before_the_work(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pretrain_lm", *command(inputs, tmp_path / "run")[3:]])
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match="for checkpoints and the disk has"):
+        prepare()
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_text_file_is_refused(inputs, tmp_path):

@@ -83,8 +83,9 @@ class RunFolderMixin:
         staged = output_dir / STAGING / name
         if self.state.best_model_checkpoint == str(staged):
             self.state.best_model_checkpoint = str(output_dir / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / "trainer_state.json"))
         if self.args.should_save:
-            self.state.save_to_json(str(staged / "trainer_state.json"))
             os.replace(staged, output_dir / name)
             (output_dir / STAGING).rmdir()
             rotate_checkpoints(
