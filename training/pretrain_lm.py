@@ -15,12 +15,10 @@ import lzma
 import math
 import statistics
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
@@ -29,8 +27,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
-    get_scheduler,
     set_seed,
 )
 
@@ -40,17 +36,18 @@ from hf_models.llama_style.sizes import SIZES
 from hub_cards.build_card import build_card
 
 from .command_line import parse_arguments, plain_errors
-from .matmul_peak import choose_precision, matmul_peak
 from .packing import PackedBlockCollator, document_start, pack_documents
-from .run_folder_trainer import (
-    CHECKPOINT_BYTES_PER_PARAMETER,
-    NonFiniteError,
-    RunFolderMixin,
-    check_disk_space,
-    last_good_checkpoint,
-    prepare_to_resume,
-)
+from .run_folder_trainer import NonFiniteError, RunFolderMixin
 from .run_record import RunRecord
+from .run_setup import (
+    RunFolderArguments,
+    check_training,
+    describe_training,
+    evaluate_the_end,
+    examples_per_step,
+    open_run,
+    save_whole_model,
+)
 from .text_data import TextDataArguments, describe_texts, load_text_dataset
 
 SAMPLE_TOKENS = 64
@@ -83,10 +80,6 @@ class PretrainArguments(TextDataArguments):
         metadata={"help": "Text to evaluate on, in a column `text`. By default another split of --dataset."},
     )
     eval_dataset_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
-    precision: str = field(
-        default="auto",
-        metadata={"help": "fp32, bf16 (autocast), or auto: bf16 where this machine multiplies clearly faster in it."},
-    )
     sample_prompts: list[str] = field(
         default_factory=lambda: ["The river", "In mathematics,"],
         metadata={"help": "Texts that the model continues at each evaluation."},
@@ -113,13 +106,11 @@ class PretrainArguments(TextDataArguments):
             raise ValueError("--sample_prompts is empty: give at least one text to continue.")
         if self.size not in SIZES:
             raise ValueError(f"--size {self.size!r} is not known: take one of {', '.join(SIZES)}.")
-        if self.precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"--precision is {self.precision!r}: take auto, fp32 or bf16.")
 
 
 @dataclass
-class OptimizationArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults of LLaMA's pretraining (arXiv 2302.13971, section 2.3)."""
+class OptimizationArguments(RunFolderArguments):
+    """The defaults of LLaMA's pretraining (arXiv 2302.13971, section 2.3)."""
 
     output_dir: str = field(default="runs/pretrain_lm", metadata={"help": "The run folder."})
     learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
@@ -132,17 +123,11 @@ class OptimizationArguments(TrainingArguments):
     )
     weight_decay: float = field(default=0.1, metadata={"help": "Decay of matrices; norms and biases have none."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
-    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
 
     def __post_init__(self):
         super().__post_init__()
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
-        self.logging_nan_inf_filter = False  # it would hide behind an average the loss at which we stop
-        self.remove_unused_columns = False  # the collator reads more columns than the model
-        self.dataloader_pin_memory = torch.cuda.is_available()
 
 
 class PretrainTrainer(RunFolderMixin, Trainer):
@@ -246,18 +231,7 @@ def build_model(arguments: PretrainArguments, tokenizer: PreTrainedTokenizerBase
 
 def check_arguments(arguments: PretrainArguments, training: OptimizationArguments, model, tokenizer) -> None:
     """What can be told wrong before any text is read."""
-    if training.n_gpu > 1:
-        raise ValueError(
-            f"One process sees {training.n_gpu} GPUs: start one for each with `accelerate launch -m "
-            "training.pretrain_lm`, or hide the others with CUDA_VISIBLE_DEVICES=0."
-        )
-    if training.prediction_loss_only:
-        raise ValueError("--prediction_loss_only leaves nothing to compute the held-out loss from: leave it off.")
-    if training.bf16 or training.fp16:
-        raise ValueError("--bf16 and --fp16 are chosen by --precision here: give --precision bf16.")
-    if training.save_strategy == "best" or training.save_only_model:
-        raise ValueError("--save_strategy best and --save_only_model make checkpoints that cannot be resumed from.")
-    check_schedule(training)
+    check_training(training, "training.pretrain_lm")
     context = model.config.max_position_embeddings
     if not 2 <= arguments.block_size <= context:
         raise ValueError(
@@ -268,22 +242,6 @@ def check_arguments(arguments: PretrainArguments, training: OptimizationArgument
         raise ValueError(f"The tokenizer {arguments.tokenizer} has no eos token, which ends a document: add one.")
     if arguments.streaming and training.max_steps <= 0:
         raise ValueError("A stream has no known length: give --max_steps.")
-
-
-def check_schedule(training: OptimizationArguments) -> None:
-    """Builds the schedule once for nothing: its options would otherwise be read after the text is tokenised."""
-    try:
-        get_scheduler(
-            training.lr_scheduler_type,
-            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=training.learning_rate),
-            num_warmup_steps=1,
-            num_training_steps=1000,
-            scheduler_specific_kwargs=dict(training.lr_scheduler_kwargs or {}),
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"--lr_scheduler_type {training.lr_scheduler_type} does not go with these --lr_scheduler_kwargs: {error}"
-        ) from error
 
 
 def load_texts(
@@ -318,7 +276,7 @@ def training_blocks(
         training.accelerator_config.dispatch_batches = False
         # Repeated within one epoch: of a stream's later epochs Trainer could not find the place where it stopped.
         return blocks.repeat(None).shuffle(seed=training.seed, buffer_size=SHUFFLED_BLOCKS)
-    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    batch = examples_per_step(training)
     if len(blocks) < batch:
         raise ValueError(
             f"The text fills {len(blocks)} blocks and a batch takes {batch}: give more text or a smaller batch."
@@ -352,29 +310,11 @@ def flops_per_token(model: nn.Module) -> float:
     return 6.0 * weights
 
 
-def describe_training(
-    arguments: PretrainArguments, training: OptimizationArguments, train: Dataset | IterableDataset, peak: float
-) -> dict[str, Any]:
-    """What the run came down to once every default was filled in."""
-    blocks_per_step = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+def describe_blocks(arguments: PretrainArguments, training: OptimizationArguments, train) -> dict[str, Any]:
     description = {
-        "precision": "bf16" if training.bf16 else "fp32",
         "block_size": arguments.block_size,
-        "tokens_per_step": blocks_per_step * arguments.block_size,
-        "matmul_peak_gflops": round(peak / 1e9, 1),
+        "tokens_per_step": examples_per_step(training) * arguments.block_size,
     }
-    for name in (
-        "seed",
-        "learning_rate",
-        "lr_scheduler_type",
-        "lr_scheduler_kwargs",
-        "warmup_steps",
-        "adam_beta1",
-        "adam_beta2",
-        "weight_decay",
-        "max_grad_norm",
-    ):
-        description[name] = getattr(training, name)
     if isinstance(train, Dataset):
         tokens = sum(pc.sum(chunk).as_py() for chunk in pc.list_flatten(train.data["seq_lengths"]).chunks)
         description |= {"blocks": len(train), "block_fill": round(tokens / (len(train) * arguments.block_size), 4)}
@@ -401,7 +341,6 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
     """
     arguments, training, given = parse_arguments(PretrainArguments, OptimizationArguments, description=__doc__)
     set_seed(training.seed)
-    is_main_process = training.process_index == 0
 
     tokenizer = load_tokenizer(arguments.tokenizer)
     model = build_model(arguments, tokenizer)
@@ -416,27 +355,10 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
         data["model"] = {"path": arguments.model, "fingerprint": _digest(*weights)}
 
     # Opened before the work of tokenising, so that a folder in use is refused at once.
-    record = RunRecord.start(training.output_dir, "pretrain_lm", given, data, writes=is_main_process)
-    if record.finished:
-        if is_main_process:
-            print(f"{training.output_dir} holds this run, finished: only its card is written anew.")
-            build_card(training.output_dir)
+    opened = open_run(training, "pretrain_lm", given, data, model)
+    if opened is None:
         return None
-    with training.main_process_first(local=False, desc="opening the run folder"):
-        checkpoint = (prepare_to_resume if is_main_process else last_good_checkpoint)(training.output_dir)
-    if is_main_process and training.save_strategy != "no":
-        room = (training.save_total_limit or 1) + 1 - len(list(Path(training.output_dir).glob("checkpoint-*")))
-        check_disk_space(Path(training.output_dir), room * CHECKPOINT_BYTES_PER_PARAMETER * model.num_parameters())
-
-    # A resumed run keeps the precision it began with: a measurement may come out otherwise the second time. For the
-    # same reason the main process decides for all.
-    precision = record.content.get("training", {}).get("precision") or (
-        choose_precision(training.device) if arguments.precision == "auto" else arguments.precision
-    )
-    precision = broadcast_object_list([precision])[0]
-    training.bf16, training.mixed_precision = precision == "bf16", {"bf16": "bf16", "fp32": "no"}[precision]
-    peak = matmul_peak(training.device, torch.bfloat16 if training.bf16 else torch.float32) * training.world_size
-
+    record, checkpoint, peak = opened
     with training.main_process_first(desc="tokenising"):
         train = training_blocks(train_texts, tokenizer, arguments.block_size, training)
         held_out = held_out_texts and pack_documents(held_out_texts, tokenizer, arguments.block_size)
@@ -447,7 +369,7 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
             "config": model.config.to_dict(),
         },
         tokenizer={"path": arguments.tokenizer, "vocab_size": len(tokenizer)},
-        training=describe_training(arguments, training, train, peak),
+        training=describe_training(training, peak) | describe_blocks(arguments, training, train),
         yardsticks=compressed_bits_per_byte(held_out_texts) if held_out_texts else {},
     )
     trainer = PretrainTrainer(
@@ -471,15 +393,10 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
 
 def finish(trainer: PretrainTrainer) -> None:
     """Saves the model into the run folder and writes what came of the run: metrics, an example, the card."""
-    history, last_step = trainer.state.log_history, trainer.state.global_step
-    evaluated = any("eval_loss" in log for log in history if log["step"] == last_step)
-    if trainer.eval_dataset is not None and (not evaluated or trainer.args.load_best_model_at_end):
-        trainer.evaluate()
+    evaluate_the_end(trainer)
     trainer.model.config.use_cache = True  # Trainer switches it off, and the published model is there to generate
-    if trainer.is_fsdp_enabled:  # checkpoints are sharded, the model that others load is whole
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
-    record = trainer.record
+    save_whole_model(trainer)
+    history, record = trainer.state.log_history, trainer.record
     metrics = final_metrics(history) | record.content["yardsticks"]
     prompt = record.content["arguments"].get("sample_prompts", PretrainArguments().sample_prompts)[0]
     text = continue_text(trainer.model, trainer.processing_class, prompt, do_sample=False)

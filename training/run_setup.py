@@ -1,0 +1,158 @@
+"""What a training script does between its arguments and its first step: defaults, checks, run folder, precision."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import TrainingArguments, get_scheduler
+
+from hub_cards.build_card import build_card
+
+from .matmul_peak import choose_precision, matmul_peak
+from .run_folder_trainer import (
+    CHECKPOINT_BYTES_PER_PARAMETER,
+    check_disk_space,
+    last_good_checkpoint,
+    prepare_to_resume,
+)
+from .run_record import RunRecord
+
+# Of the arguments, what the card shows whether or not it was given.
+DESCRIBED = (
+    "seed",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "adam_beta1",
+    "adam_beta2",
+    "weight_decay",
+    "max_grad_norm",
+)
+
+
+@dataclass
+class RunFolderArguments(TrainingArguments):
+    """`TrainingArguments` as our scripts use them: evaluated and saved by steps, the precision measured."""
+
+    precision: str = field(
+        default="auto",
+        metadata={"help": "fp32, bf16 (autocast), or auto: bf16 where this machine multiplies clearly faster in it."},
+    )
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise ValueError(f"--precision is {self.precision!r}: take auto, fp32 or bf16.")
+        self.logging_nan_inf_filter = False  # it would hide behind an average the loss at which we stop
+        self.remove_unused_columns = False  # the collators read more columns than the models
+        self.dataloader_pin_memory = torch.cuda.is_available()
+
+
+class OpenedRun(NamedTuple):
+    """`peak` is the matrix multiply's, in floating-point operations a second, all processes together."""
+
+    record: RunRecord
+    checkpoint: str | None
+    peak: float
+
+
+def check_training(training: RunFolderArguments, module: str) -> None:
+    """Raises ValueError for what the scripts cannot honour, before any data is read. `module` is the command's name."""
+    if training.n_gpu > 1:
+        raise ValueError(
+            f"One process sees {training.n_gpu} GPUs: start one for each with `accelerate launch -m {module}`, or hide "
+            "the others with CUDA_VISIBLE_DEVICES=0."
+        )
+    if training.prediction_loss_only:
+        raise ValueError("--prediction_loss_only leaves nothing to compute the held-out figures from: leave it off.")
+    if training.bf16 or training.fp16:
+        raise ValueError("--bf16 and --fp16 are chosen by --precision here: give --precision bf16.")
+    if training.save_strategy == "best" or training.save_only_model:
+        raise ValueError("--save_strategy best and --save_only_model make checkpoints that cannot be resumed from.")
+    _check_schedule(training)
+
+
+def _check_schedule(training: RunFolderArguments) -> None:
+    """Builds the schedule once for nothing: its options would otherwise be read after the data is prepared."""
+    try:
+        get_scheduler(
+            training.lr_scheduler_type,
+            torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=training.learning_rate),
+            num_warmup_steps=1,
+            num_training_steps=1000,
+            scheduler_specific_kwargs=dict(training.lr_scheduler_kwargs or {}),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"--lr_scheduler_type {training.lr_scheduler_type} does not go with these --lr_scheduler_kwargs: {error}"
+        ) from error
+
+
+def open_run(
+    training: RunFolderArguments, task: str, given: dict[str, Any], data: dict[str, Any], model: nn.Module
+) -> OpenedRun | None:
+    """Opens the run folder for this very run, and settles `training`'s precision.
+
+    Args:
+        given: what was asked for, the last thing that `parse_arguments` returns.
+        data: a description of each data set, with its `fingerprint`.
+
+    Returns None where the folder holds this run, finished; its card is written anew then.
+
+    Raises ValueError where it holds another run, and OSError where the disk has no room for the checkpoints.
+    """
+    is_main_process = training.process_index == 0
+    record = RunRecord.start(training.output_dir, task, given, data, writes=is_main_process)
+    if record.finished:
+        if is_main_process:
+            print(f"{training.output_dir} holds this run, finished: only its card is written anew.")
+            build_card(training.output_dir)
+        return None
+    with training.main_process_first(local=False, desc="opening the run folder"):
+        checkpoint = (prepare_to_resume if is_main_process else last_good_checkpoint)(training.output_dir)
+    if is_main_process and training.save_strategy != "no":
+        room = (training.save_total_limit or 1) + 1 - len(list(Path(training.output_dir).glob("checkpoint-*")))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        check_disk_space(Path(training.output_dir), room * CHECKPOINT_BYTES_PER_PARAMETER * parameters)
+
+    # A resumed run keeps the precision it began with: a measurement may come out otherwise the second time. For the
+    # same reason the main process decides for all.
+    precision = record.content.get("training", {}).get("precision") or (
+        choose_precision(training.device) if training.precision == "auto" else training.precision
+    )
+    precision = broadcast_object_list([precision])[0]
+    training.bf16, training.mixed_precision = precision == "bf16", {"bf16": "bf16", "fp32": "no"}[precision]
+    peak = matmul_peak(training.device, torch.bfloat16 if training.bf16 else torch.float32) * training.world_size
+    return OpenedRun(record, checkpoint, peak)
+
+
+def examples_per_step(training: RunFolderArguments) -> int:
+    return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+
+
+def describe_training(training: RunFolderArguments, peak: float) -> dict[str, Any]:
+    """What the run came down to once every default was filled in."""
+    description = {"precision": "bf16" if training.bf16 else "fp32", "matmul_peak_gflops": round(peak / 1e9, 1)}
+    return description | {name: getattr(training, name) for name in DESCRIBED}
+
+
+def evaluate_the_end(trainer) -> None:
+    """Evaluates the trained model unless the last step did so already."""
+    last_step = trainer.state.global_step
+    evaluated = any("eval_loss" in log for log in trainer.state.log_history if log["step"] == last_step)
+    if trainer.eval_dataset is not None and (not evaluated or trainer.args.load_best_model_at_end):
+        trainer.evaluate()
+
+
+def save_whole_model(trainer) -> None:
+    """Writes the model into the run folder, whole even where the checkpoints are sharded."""
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
