@@ -10,7 +10,6 @@ import codecs
 import gzip
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,10 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
-SAMPLE_DATA = Path(__file__).parent / "sample_data"
+from .dataset_source import asked_splits, describe_source, load_from_hub, local_path, refuse_sliced_stream
+
 KINDS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+SUFFIXES = {*KINDS, ".gz"}
 CHUNK = 1 << 20  # bytes
 
 
@@ -59,11 +60,11 @@ def load_text_dataset(
         FileNotFoundError: nothing of that name, here or (unless HF_HUB_OFFLINE is set) on the Hub.
         ValueError: data that cannot be used: empty, binary, not UTF-8, no such split or column, no strings in it.
     """
-    local = _local_path(dataset)
-    if streaming and "[" in split:
-        raise ValueError(f"The split {split!r} is a slice, which a stream cannot give: name a whole split.")
+    local = local_path(dataset, "text", SUFFIXES)
+    if streaming:
+        refuse_sliced_stream(split)
     if local is None:
-        texts = _load_from_hub(dataset, split, config, streaming)
+        texts = load_from_hub(dataset, split, config, streaming, "text")
     else:
         texts = _load_local_files(local, split, text_column, config, streaming)
     return _text_column_only(texts, f"{dataset} ({split})", text_column)
@@ -94,59 +95,15 @@ def describe_texts(texts: datasets.Dataset | datasets.IterableDataset, dataset: 
         documents += 1
         size += len(document)
     description = {"dataset": dataset, "split": split, "fingerprint": digest.hexdigest()[:16]}
-    local = _local_path(dataset)
-    if local is None:
-        description["source"] = "hub"
-    elif local.parent == SAMPLE_DATA:
-        description["info"] = json.loads((local / "info.json").read_text(encoding="utf-8"))
+    description |= describe_source(local_path(dataset, "text", SUFFIXES))
     return description | ({"streaming": True} if streaming else {"documents": documents, "bytes": size})
-
-
-def _local_path(dataset: str) -> Path | None:
-    """The file or folder that is meant, None for a Hub id."""
-    if dataset in _samples():
-        return SAMPLE_DATA / dataset
-    path = Path(dataset).expanduser()
-    if path.exists():
-        return path
-    is_hub_id = re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", dataset) and not set(path.suffixes) & {*KINDS, ".gz"}
-    if is_hub_id:
-        return None
-    raise FileNotFoundError(
-        f"There is no file or folder {dataset!r}: give an existing path, a sample ({', '.join(_samples())}) or a Hub "
-        "id."
-    )
-
-
-def _samples() -> list[str]:
-    return sorted(folder.name for folder in SAMPLE_DATA.iterdir() if folder.is_dir())
-
-
-def _load_from_hub(
-    dataset: str, split: str, config: str | None, streaming: bool
-) -> datasets.Dataset | datasets.IterableDataset:
-    try:
-        return datasets.load_dataset(dataset, config, split=split, streaming=streaming)
-    except (FileNotFoundError, ConnectionError) as error:
-        hub = "the Hub is not asked because HF_HUB_OFFLINE is set" if datasets.config.HF_HUB_OFFLINE else str(error)
-        raise FileNotFoundError(
-            f"There is no sample or local file {dataset!r}, and as a Hub data set it cannot be read: {hub}. "
-            f"Samples: {', '.join(_samples())}."
-        ) from error
 
 
 def _load_local_files(
     path: Path, split: str, text_column: str, config: str | None, streaming: bool
 ) -> datasets.Dataset | datasets.IterableDataset:
     files_by_split = _files_by_split(path, config)
-    asked = [name.split("[")[0].strip() for name in split.split("+")]
-    for name in asked:
-        if name not in files_by_split:
-            found = ", ".join(map(repr, files_by_split))
-            only = "is a single file and has only the split 'train'" if path.is_file() else f"has the splits {found}"
-            raise ValueError(
-                f"{path} {only}, not {name!r}: name one of those, or slices of it, such as train[:95%] and train[95%:]."
-            )
+    asked = asked_splits(path, split, files_by_split)
     files = [file for name in asked for file in files_by_split[name]]
     kinds = {_kind(file) for file in files}
     if len(kinds) != 1 or None in kinds:
