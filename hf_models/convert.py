@@ -1,10 +1,13 @@
-"""Rewrites a model folder in another layout.
+"""Rewrites a model in another layout.
 
-    python -m hf_models.convert SRC DST --to transformers    # ours -> native: opens without trust_remote_code
-    python -m hf_models.convert SRC DST --to hf_models       # native -> ours: with the code beside the weights
+    python -m hf_models.convert SRC DST --to transformers      # ours, timm, official -> native: no trust_remote_code
+    python -m hf_models.convert SRC DST --to hf_models         # any -> ours: with the code beside the weights
+    python -m hf_models.convert SRC DST --to timm              # a ConvNeXt for timm.create_model("local-dir:DST")
+    python -m hf_models.convert SRC DST.pt --to official       # a ConvNeXt as the paper's repository reads it
+    python -m hf_models.convert SRC DST.pth --to official_sparse   # an FCMAE as its pretraining code saves it
 
-SRC's kind is read from its `config.json`. Tokenizer and generation files come along unchanged. DST appears whole or not
-at all.
+SRC's kind is read from its `config.json`, or from the names in it where it is a single file. Tokenizer, generation and
+image preprocessing files come along; a single file has none of them. DST appears whole or not at all.
 """
 
 import argparse
@@ -13,8 +16,12 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
-from .llama_style.checkpoints import ARCHITECTURES, load_checkpoint, save_checkpoint
+from .convnextv2_fcmae import checkpoints as convnextv2_fcmae
+from .convnextv2_fcmae.timm_folder import carry_preprocessing
+from .llama_style import checkpoints as llama_style
+from .stored_weights import read_config_fields
 
 # What belongs to a model beside its config and weights, whoever saved it.
 COMPANIONS = (
@@ -29,36 +36,67 @@ COMPANIONS = (
     "tokenizer_config.json",
     "vocab.json",
 )
+LAYOUTS = tuple(dict.fromkeys((*llama_style.ARCHITECTURES, *convnextv2_fcmae.LAYOUTS)))
 
 
 def convert(source: Path, destination: Path, layout: str) -> None:
-    """Writes the model folder `source` to `destination` in `layout`.
+    """Writes the model `source`, a folder or a weights file, to `destination` in `layout`.
 
     Raises FileExistsError where `destination` holds something, and what `load_checkpoint` and `save_checkpoint` raise.
     """
     destination = destination.resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists and is not an empty folder: name another one.")
-    model = load_checkpoint(source)
+    family = _family(source)
+    model = family.load_checkpoint(source)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{destination.name}.", dir=destination.parent) as scratch:
-        whole = Path(scratch) / "whole"  # with the permissions of a folder of the user's, which `scratch` has not
-        save_checkpoint(model, whole, layout)
-        for name in COMPANIONS:
-            if (source / name).is_dir():
-                shutil.copytree(source / name, whole / name)
-            elif (source / name).is_file():
-                shutil.copyfile(source / name, whole / name)
+        # Inside, it has the permissions of a file of the user's, which `scratch` has not.
+        whole = Path(scratch) / destination.name
+        family.save_checkpoint(model, whole, layout)
+        if whole.is_dir():
+            _carry_companions(source, whole)
+            if family is convnextv2_fcmae and (note := carry_preprocessing(source, whole)):
+                print(f"note: {note}", file=sys.stderr)
+        if destination.is_dir() and whole.is_file():
+            destination.rmdir()  # empty, and in the way of a file
         os.replace(whole, destination)
+
+
+def _family(source: Path) -> ModuleType:
+    """The `checkpoints` of the family that `source` is of."""
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist: give a local model folder or a weights file.")
+    if source.is_file():
+        return convnextv2_fcmae
+    file = source / "config.json"
+    fields = read_config_fields(file)
+    for family in (llama_style, convnextv2_fcmae):
+        if fields.get("model_type") in family.LAYOUT_OF_MODEL_TYPE:
+            return family
+    if "architecture" in fields:  # timm's
+        return convnextv2_fcmae
+    known = ", ".join((*llama_style.LAYOUT_OF_MODEL_TYPE, *convnextv2_fcmae.LAYOUT_OF_MODEL_TYPE))
+    raise ValueError(
+        f"{file} has model_type {fields.get('model_type')!r}; known are {known}, and timm's ConvNeXts by architecture."
+    )
+
+
+def _carry_companions(source: Path, whole: Path) -> None:
+    for name in COMPANIONS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, whole / name)
+        elif (source / name).is_file():
+            shutil.copyfile(source / name, whole / name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m hf_models.convert", description="Rewrites a model folder in another layout."
+        prog="python -m hf_models.convert", description="Rewrites a model in another layout."
     )
-    parser.add_argument("source", metavar="SRC", type=Path, help="folder with config.json and safetensors")
-    parser.add_argument("destination", metavar="DST", type=Path, help="folder to write: new, or empty")
-    parser.add_argument("--to", required=True, choices=ARCHITECTURES, help="layout to write")
+    parser.add_argument("source", metavar="SRC", type=Path, help="folder with config.json and safetensors, or one file")
+    parser.add_argument("destination", metavar="DST", type=Path, help="folder to write (new, or empty), or file (new)")
+    parser.add_argument("--to", required=True, choices=LAYOUTS, help="layout to write")
     arguments = parser.parse_args()
     try:
         convert(arguments.source, arguments.destination, arguments.to)

@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from folder_edits import rewrite_config, rewrite_weights
 from llama_pair import TINY
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from hf_models import LlamaStyleConfig, LlamaStyleForCausalLM, LlamaStyleForSequenceClassification
@@ -48,19 +48,6 @@ def assert_same_model(one, other):
     input_ids = torch.randint(TINY["vocab_size"], (2, 40))
     with torch.no_grad():
         torch.testing.assert_close(one(input_ids).logits, other(input_ids).logits)
-
-
-def rewrite_config(folder: Path, **fields):
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
-
-
-def rewrite_weights(folder: Path, change):
-    """Lets `change` edit the dict of stored tensors."""
-    file = folder / "model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("fields", LLAMAS.values(), ids=LLAMAS)

@@ -5,22 +5,20 @@ config. What is checked here, before any weight is read, is that the file holds 
 describes; transformers would fill what is missing with random numbers and go on.
 """
 
-import json
 from functools import reduce
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ..stored_weights import KIND_FIELDS, StoredParameter, check_parameters, parameters_of_folder, read_config_fields
 from .configuration_llama_style import LlamaStyleConfig
 from .modeling_llama_style import LlamaStyleForCausalLM
 
 LAYOUT_OF_MODEL_TYPE = {"llama_style": "hf_models", "llama": "transformers"}
 ARCHITECTURES = {"hf_models": "LlamaStyleForCausalLM", "transformers": "LlamaForCausalLM"}
-# What names a config's own kind rather than the model that it describes.
-_KIND_FIELDS = ("architectures", "auto_map", "model_type", "transformers_version")
 
 
 def load_checkpoint(path: str | Path, layout: str = "auto") -> LlamaStyleForCausalLM:
@@ -35,10 +33,10 @@ def load_checkpoint(path: str | Path, layout: str = "auto") -> LlamaStyleForCaus
     """
     path = Path(path)
     config = _read_config(path, layout)
-    stored = _stored_parameters(path)
+    stored = parameters_of_folder(path)
     _check_parameters(path, config, stored)
     # Where the files mix dtypes, the one that holds them all exactly.
-    dtype = reduce(torch.promote_types, {dtype for _, dtype, _ in stored.values()})
+    dtype = reduce(torch.promote_types, {entry.dtype for entry in stored.values()})
     return LlamaStyleForCausalLM.from_pretrained(path, config=config, dtype=dtype)
 
 
@@ -74,7 +72,7 @@ def _as_native(model: LlamaStyleForCausalLM) -> LlamaForCausalLM:
             f"sliding_window is {model.config.sliding_window}, and native Llama has none: it would look further back. "
             "Set config.sliding_window to None if the model never saw longer texts."
         )
-    fields = {name: value for name, value in model.config.to_dict().items() if name not in _KIND_FIELDS}
+    fields = {name: value for name, value in model.config.to_dict().items() if name not in KIND_FIELDS}
     del fields["sliding_window"]
     with torch.device("meta"):
         native = LlamaForCausalLM(LlamaConfig(**fields))
@@ -86,15 +84,7 @@ def _as_native(model: LlamaStyleForCausalLM) -> LlamaForCausalLM:
 
 def _read_config(path: Path, layout: str) -> LlamaStyleConfig:
     file = path / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: give a local folder that holds a saved model.")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds a {type(fields).__name__} where an object of config fields is expected.")
+    fields = read_config_fields(file)
     found = LAYOUT_OF_MODEL_TYPE.get(fields.get("model_type"))
     if found is None or layout not in ("auto", found):
         known = ", ".join(f"{layout} ({model_type})" for model_type, layout in LAYOUT_OF_MODEL_TYPE.items())
@@ -112,46 +102,12 @@ def _read_config(path: Path, layout: str) -> LlamaStyleConfig:
             return LlamaStyleConfig.from_pretrained(path)
         # By way of transformers' own class, which knows how older versions of it wrote the rope fields.
         native = LlamaConfig.from_pretrained(path).to_dict()
-        return LlamaStyleConfig(**{name: value for name, value in native.items() if name not in _KIND_FIELDS})
+        return LlamaStyleConfig(**{name: value for name, value in native.items() if name not in KIND_FIELDS})
     except (StrictDataclassError, KeyError) as error:
         raise ValueError(f"{file} is no valid config. {' '.join(str(error).split())}") from error
 
 
-def _stored_parameters(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype, Path]]:
-    """Shape, dtype and file of every stored parameter; reads headers only."""
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
-        files = [single]
-    elif index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{index} is no index of shards: {error}.") from error
-        files = [path / name for name in sorted(names)]
-    elif any(path.glob("pytorch_model*.bin")):
-        raise FileNotFoundError(
-            f"{path} holds its weights as pytorch_model.bin, a pickle, which can run code and is not opened here. "
-            "Open it with transformers where you trust it, and save_pretrained it again as safetensors."
-        )
-    else:
-        raise FileNotFoundError(f"{path} holds no model.safetensors and no model.safetensors.index.json.")
-
-    stored = {}
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{index} names {file.name}, which is not there: the download is incomplete.")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    # One element is enough to learn the dtype as torch names it.
-                    part = tensors.get_slice(name)
-                    stored[name] = tuple(part.get_shape()), part[:0].dtype, file
-        except SafetensorError as error:
-            raise ValueError(f"{file} is cut short or is no safetensors file ({error}); fetch it again.") from error
-    return stored
-
-
-def _check_parameters(path: Path, config: LlamaStyleConfig, stored: dict) -> None:
+def _check_parameters(path: Path, config: LlamaStyleConfig, stored: dict[str, StoredParameter]) -> None:
     """Raises unless `stored` is exactly what `config` describes."""
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in LlamaStyleForCausalLM(config).state_dict().items()}
@@ -159,36 +115,22 @@ def _check_parameters(path: Path, config: LlamaStyleConfig, stored: dict) -> Non
     stored = {name: entry for name, entry in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
         _check_tied_head(path, stored)
-        stored.setdefault("lm_head.weight", stored.get("model.embed_tokens.weight"))
-
-    missing, unexpected = sorted(shapes.keys() - stored.keys()), sorted(stored.keys() - shapes.keys())
-    if missing or unexpected:
-        found = [f"lacks {_some(missing)}"] if missing else []
-        found += [f"holds {_some(unexpected)}, which the config does not describe"] if unexpected else []
-        raise ValueError(f"{path} {' and '.join(found)}.")
-    differing = [
-        f"{name} {stored[name][0]} instead of {shapes[name]}" for name in shapes if stored[name][0] != shapes[name]
-    ]
-    if differing:
-        raise ValueError(f"{path} differs from its config in shape: {_some(differing)}.")
+        if "model.embed_tokens.weight" in stored:
+            stored.setdefault("lm_head.weight", stored["model.embed_tokens.weight"])
+    check_parameters(path, "the model of its config", shapes, {name: entry.shape for name, entry in stored.items()})
 
 
-def _check_tied_head(path: Path, stored: dict) -> None:
+def _check_tied_head(path: Path, stored: dict[str, StoredParameter]) -> None:
     """A tied model may store its one matrix twice; two different ones are no tied model."""
     names = ("lm_head.weight", "model.embed_tokens.weight")
     if not all(name in stored for name in names):
         return
     matrices = []
     for name in names:
-        with safe_open(stored[name][2], framework="pt") as tensors:
+        with safe_open(stored[name].file, framework="pt") as tensors:
             matrices.append(tensors.get_tensor(name))
     if not torch.equal(*matrices):
         raise ValueError(
             f"{path} says tie_word_embeddings but stores a head that differs from the embeddings; "
             "set tie_word_embeddings to false in its config.json to keep both."
         )
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
