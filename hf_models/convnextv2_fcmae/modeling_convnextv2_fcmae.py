@@ -50,7 +50,7 @@ class ConvNextV2FcmaeGRN(nn.Module):
         if (self.training or not torch.is_grad_enabled()) and not torch.compiler.is_compiling():
             return _GRN.apply(cells, weight, bias).view_as(hidden_states)
         # float16 overflows here, and a sum of thousands of squares in bfloat16 loses its digits.
-        norm = torch.linalg.vector_norm(cells, dim=1, keepdim=True, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(cells, dim=1, keepdim=True, dtype=_at_least_float32(cells))
         scale = 1 + weight * norm / (norm.mean(dim=-1, keepdim=True) + NORM_EPS)
         return torch.addcmul(bias.to(cells.dtype), cells, scale.to(cells.dtype)).view_as(hidden_states)
 
@@ -71,19 +71,23 @@ class _GRN(torch.autograd.Function):
     def backward(ctx, gradient):
         cells, weight, norm, scale = ctx.saved_tensors
         mean = norm.mean(dim=-1, keepdim=True) + NORM_EPS
-        scale_gradient = (gradient * cells).sum(dim=1, keepdim=True, dtype=torch.float32)
+        scale_gradient = (gradient * cells).sum(dim=1, keepdim=True, dtype=norm.dtype)
         weight_gradient = (scale_gradient * norm / mean).sum(dim=0, keepdim=True)
         share_gradient = scale_gradient * weight
         norm_gradient = (share_gradient - (share_gradient * norm).mean(dim=-1, keepdim=True) / mean) / mean
         # A channel that is zero throughout has norm 0 and no gradient through it.
         direction = torch.where(norm > 0, norm_gradient / norm, 0).to(cells.dtype)
-        bias_gradient = gradient.sum(dim=(0, 1), dtype=torch.float32).view_as(weight)
-        return torch.addcmul(gradient * scale, cells, direction), weight_gradient, bias_gradient
+        bias_gradient = gradient.sum(dim=(0, 1), dtype=norm.dtype).view_as(weight)
+        return (gradient * scale).addcmul_(cells, direction), weight_gradient, bias_gradient
 
 
 def _norm(cells: torch.Tensor) -> torch.Tensor:
-    """`vector_norm` over the cells, in float32; on a CPU that function takes up to a hundred times as long as this."""
-    return cells.float().square().sum(dim=1, keepdim=True).sqrt()
+    """`vector_norm` over the cells; on a CPU that function takes up to a hundred times as long as this."""
+    return cells.to(_at_least_float32(cells)).square().sum(dim=1, keepdim=True).sqrt()
+
+
+def _at_least_float32(cells: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(cells.dtype, torch.float32)
 
 
 class ConvNextV2FcmaeDropPath(nn.Module):

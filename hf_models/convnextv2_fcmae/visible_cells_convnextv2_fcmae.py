@@ -125,28 +125,28 @@ def _is_plain(convolution: nn.Conv2d) -> bool:
 class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, bias, visible):
-        ctx.save_for_backward(hidden_states, weight)
-        ctx.visible = visible
         canvas = hidden_states if visible is None else visible.scatter(hidden_states)
+        ctx.save_for_backward(canvas, weight)
+        ctx.visible = visible
         canvas = _convolve(canvas, weight, bias)
         return canvas if visible is None else visible.gather(canvas)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        hidden_states, weight = ctx.saved_tensors
+        canvas, weight = ctx.saved_tensors
         visible = ctx.visible
         needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
         input_gradient = weight_gradient = bias_gradient = None
         if needs_bias:
             bias_gradient = gradient.flatten(0, -2).sum(0)
         if visible is not None:
-            hidden_states, gradient = visible.scatter(hidden_states), visible.scatter(gradient)
+            gradient = visible.scatter(gradient)
         if needs_input:
             input_gradient = _convolve(gradient, weight.flip(2, 3), None)
             input_gradient = input_gradient if visible is None else visible.gather(input_gradient)
         if needs_weight:
-            weight_gradient = _weight_gradient(hidden_states, gradient, weight)
+            weight_gradient = _weight_gradient(canvas, gradient, weight)
         return input_gradient, weight_gradient, bias_gradient, None
 
 
