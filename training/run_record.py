@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ import psutil
 import torch
 
 FILE_NAME = "run.json"
-LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "trl", "hf_models")
+# What is not installed (text needs no timm) is left out.
+LIBRARIES = (
+    "torch", "transformers", "tokenizers", "datasets", "accelerate", "trl", "torchvision", "timm", "hf_models",
+)  # fmt: skip
 # Fields that change neither what is trained nor on what: a run may be resumed with other values of these.
 FREE_FIELDS = {
     "output_dir",
@@ -29,11 +33,12 @@ FREE_FIELDS = {
     "run_name",
     "disable_tqdm",
     "save_total_limit",
+    "compare_with",
     "sample_prompts",
     "per_device_eval_batch_size",
 }
 # The entries of a record that are paths, unless they name something else (a sample, a Hub id).
-PATH_FIELDS = {"config", "dataset", "eval_dataset", "model", "output_dir", "path", "tokenizer"}
+PATH_FIELDS = {"compare_with", "config", "dataset", "eval_dataset", "model", "output_dir", "path", "tokenizer"}
 
 
 class RunRecord:
@@ -76,7 +81,7 @@ class RunRecord:
             "status": "running",
             "command": _command(),
             "git_revision": git_revision(),
-            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES if find_spec(name)},
             "hardware": hardware(on_cpu=bool(arguments.get("use_cpu"))),
         }
         content["sessions"].append({"started": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": 0.0})
@@ -107,7 +112,7 @@ def portable(value: Any, name: str = "") -> Any:
     if isinstance(value, dict):
         return {str(key): portable(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
-        return [portable(item) for item in value]
+        return [portable(item, name) for item in value]
     if isinstance(value, bool | int | float | None):
         return value
     text = str(getattr(value, "value", value))  # an enum's value
@@ -183,10 +188,13 @@ def _command() -> str:
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
     program = (["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]) + program
     words = list(sys.argv[1:])
+    last_field = ""
     for i, word in enumerate(words):
         field, equals, value = word.partition("=")
-        if equals and field.startswith("--"):
-            words[i] = f"{field}={portable(value, field.removeprefix('--'))}"
-        elif i and words[i - 1].startswith("--"):
-            words[i] = portable(word, words[i - 1].removeprefix("--"))
+        if not field.startswith("--"):
+            words[i] = portable(word, last_field)
+            continue
+        last_field = field.removeprefix("--")
+        if equals:
+            words[i] = f"{field}={portable(value, last_field)}"
     return shlex.join(program + words)
