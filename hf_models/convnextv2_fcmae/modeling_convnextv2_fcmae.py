@@ -45,12 +45,15 @@ class ConvNextV2FcmaeGRN(nn.Module):
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """`hidden_states (batch, ..., channels)`; cells where `mask (batch, ..., 1)` is 0 do not count."""
         if mask is not None:
-            hidden_states = hidden_states * mask
+            hidden_states = hidden_states * mask.to(hidden_states.dtype)
         cells, weight, bias = hidden_states.flatten(1, -2), self.weight.view(1, 1, -1), self.bias.view(1, 1, -1)
-        if (self.training or not torch.is_grad_enabled()) and not torch.compiler.is_compiling():
+        differentiable = torch.is_grad_enabled()
+        if self.training and differentiable and not torch.compiler.is_compiling():
             return _GRN.apply(cells, weight, bias).view_as(hidden_states)
         # float16 overflows here, and a sum of thousands of squares in bfloat16 loses its digits.
-        norm = torch.linalg.vector_norm(cells, dim=1, keepdim=True, dtype=_at_least_float32(cells))
+        dtype = _at_least_float32(cells)
+        # The root in `_norm` has no gradient where a channel is 0 throughout; `vector_norm` takes 0.
+        norm = torch.linalg.vector_norm(cells, dim=1, keepdim=True, dtype=dtype) if differentiable else _norm(cells)
         scale = 1 + weight * norm / (norm.mean(dim=-1, keepdim=True) + NORM_EPS)
         return torch.addcmul(bias.to(cells.dtype), cells, scale.to(cells.dtype)).view_as(hidden_states)
 
@@ -71,6 +74,8 @@ class _GRN(torch.autograd.Function):
     def backward(ctx, gradient):
         cells, weight, norm, scale = ctx.saved_tensors
         mean = norm.mean(dim=-1, keepdim=True) + NORM_EPS
+        if cells.dtype == torch.float16:  # a large activation times the gradient of a scaled-up loss overflows
+            gradient, cells = gradient.float(), cells.float()
         scale_gradient = (gradient * cells).sum(dim=1, keepdim=True, dtype=norm.dtype)
         weight_gradient = (scale_gradient * norm / mean).sum(dim=0, keepdim=True)
         share_gradient = scale_gradient * weight
@@ -141,7 +146,7 @@ class ConvNextV2FcmaeLayer(GradientCheckpointingLayer):
         if self.layer_scale_parameter is not None:
             features = features * self.layer_scale_parameter
         if mask is not None:
-            features = features * mask
+            features = features * mask.to(features.dtype)
         return hidden_states + self.drop_path(features)
 
 
@@ -429,19 +434,19 @@ class ConvNextV2FcmaeForPreTraining(ConvNextV2FcmaePreTrainedModel):
         Raises ValueError for sizes that are no multiple of the mask patch, a mask that keeps or removes nothing, and
         shapes other than these.
         """
-        mask = self._mask(pixel_values, mask_ratio, noise, mask, equal_numbers=not masked_dense)
+        mask, number_kept = self._mask(pixel_values, mask_ratio, noise, mask, equal_numbers=not masked_dense)
         removed = mask.flatten(1)
         if masked_dense:
             kept = 1 - mask[..., None].to(pixel_values.dtype)
             hidden_states = self.convnextv2.embeddings(pixel_values)
-            hidden_states = self.decoder(self.convnextv2.encoder(hidden_states, mask=kept)[-1], None, kept)
+            logits = self.decoder(self.convnextv2.encoder(hidden_states, mask=kept)[-1], None, kept)
         else:
-            visible = VisibleCells(removed.bool(), tuple(mask.shape[1:]))
+            visible = VisibleCells(removed.bool(), tuple(mask.shape[1:]), number_kept)
             cells = self.convnextv2.embeddings(visible.gather_pixels(pixel_values))
             cells = cells.view(len(pixel_values), -1, *cells.shape[1:])
-            hidden_states = self.decoder(self.convnextv2.encoder(cells, visible)[-1], visible, None)
-        loss = self._loss(pixel_values, hidden_states, removed)
-        return ConvNextV2FcmaeForPreTrainingOutput(loss=loss, logits=hidden_states, mask=removed)
+            logits = self.decoder(self.convnextv2.encoder(cells, visible)[-1], visible, None)
+        loss = (self.patch_losses(pixel_values, logits) * removed).sum() / removed.sum()
+        return ConvNextV2FcmaeForPreTrainingOutput(loss=loss, logits=logits, mask=removed)
 
     @torch.no_grad()
     def reconstruct(self, pixel_values: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -481,13 +486,13 @@ class ConvNextV2FcmaeForPreTraining(ConvNextV2FcmaePreTrainedModel):
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
         return mean, (variance + self.config.norm_pix_loss_eps).sqrt()
 
-    def _loss(self, pixel_values: torch.Tensor, predicted: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
+    def patch_losses(self, pixel_values: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The mean squared error of every patch, removed or not: `(batch, patches)`, float32."""
         target = self.patchify(pixel_values).float()
         if self.config.norm_pix_loss:
             mean, deviation = self._statistics(target)
             target = (target - mean) / deviation
-        by_patch = (predicted.float() - target).square().mean(dim=-1)
-        return (by_patch * removed).sum() / removed.sum()
+        return (logits.float() - target).square().mean(dim=-1)
 
     def _mask(
         self,
@@ -496,8 +501,10 @@ class ConvNextV2FcmaeForPreTraining(ConvNextV2FcmaePreTrainedModel):
         noise: torch.Tensor | None,
         mask: torch.Tensor | None,
         equal_numbers: bool,
-    ) -> torch.Tensor:
-        """The mask on the grid of patches, `(batch, grid height, grid width)`, 1 for removed, float32."""
+    ) -> tuple[torch.Tensor, int]:
+        """The mask on the grid of patches, `(batch, grid height, grid width)`, 1 for removed, float32; how many are not
+        (in the first image, where the numbers differ).
+        """
         self._check_channels(pixel_values)
         batch_size, _, height, width = pixel_values.shape
         side = self.config.mask_patch_size
@@ -516,7 +523,8 @@ class ConvNextV2FcmaeForPreTraining(ConvNextV2FcmaePreTrainedModel):
                 )
         if mask is not None:
             self._check_mask(mask, equal_numbers)
-            return mask.to(pixel_values.device, torch.float32).view(batch_size, *grid)
+            number_kept = patches - int(mask[0].sum())
+            return mask.to(pixel_values.device, torch.float32).view(batch_size, *grid), number_kept
 
         ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
         kept = int(patches * (1 - ratio) + 1e-6)  # 10 * (1 - 0.9) is a little less than 1
@@ -529,9 +537,11 @@ class ConvNextV2FcmaeForPreTraining(ConvNextV2FcmaePreTrainedModel):
             noise = torch.rand(batch_size, patches, device=pixel_values.device)
         removed = torch.ones(batch_size, patches, device=pixel_values.device)
         removed.scatter_(1, noise.to(removed.device).argsort(dim=1)[:, :kept], 0)
-        return removed.view(batch_size, *grid)
+        return removed.view(batch_size, *grid), kept
 
     def _check_mask(self, mask: torch.Tensor, equal_numbers: bool) -> None:
+        if ((mask != 0) & (mask != 1)).any():
+            raise ValueError("mask holds other values than 0 and 1: 1 is for removed patches, 0 for kept ones.")
         removed = mask.bool().sum(dim=1)
         if not ((removed > 0) & (removed < mask.shape[1])).all():
             raise ValueError("mask keeps nothing or removes nothing of an image: 1 is for removed patches, 0 for kept.")

@@ -21,12 +21,12 @@ class VisibleCells:
     Args:
         mask: `(batch, patches)`, True for removed; patches row by row, equally many visible in each image.
         grid: patches in a column and in a row of the image.
+        number_kept: of each image. Given rather than counted: a count would wait for the GPU at every step.
     """
 
-    def __init__(self, mask: torch.Tensor, grid: tuple[int, int]):
+    def __init__(self, mask: torch.Tensor, grid: tuple[int, int], number_kept: int):
         self.grid = grid
         self.batch_size = mask.shape[0]
-        number_kept = int((~mask[0]).sum())
         # (batch, kept), in the order of the image: a stable sort puts the visible ones first.
         self.kept = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :number_kept]
         self._rows: dict[int, torch.Tensor] = {}
@@ -90,17 +90,21 @@ def depthwise(hidden_states: torch.Tensor, convolution: nn.Conv2d, visible: Visi
 
 
 def halve(hidden_states: torch.Tensor, convolution: nn.Conv2d) -> torch.Tensor:
-    """A 2x2 convolution of stride 2 of `(..., height, width, channels)`; each leading index is an image of its own."""
-    *leading, height, width = hidden_states.shape[:-1]
-    if height == width == 2 and _is_plain(convolution):
+    """A 2x2 convolution of stride 2.
+
+    Of images `(batch, height, width, channels)`, or of cells `(batch, kept, side, side, channels)`, whose windows stay
+    within their patch: half the height, width or side.
+    """
+    if hidden_states.ndim == 4:  # to ask for the size of whole images would bind an export to it
+        return convolution(hidden_states.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    batch_size, kept, side = hidden_states.shape[:3]
+    if side == 2 and _is_plain(convolution):
         # One product: convolutions of many tiny images are slow on a CPU.
         weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)
-        return nn.functional.linear(hidden_states.flatten(-3), weight, convolution.bias)[..., None, None, :]
-    if leading and height % 2 == 0:
-        # No window crosses from one image to the next, so that those of a batch can stand in one column.
-        hidden_states = hidden_states.flatten(1, -3)
-    halved = convolution(hidden_states.flatten(0, -4).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return halved.reshape(*leading, height // 2, width // 2, -1)
+        return nn.functional.linear(hidden_states.flatten(2), weight, convolution.bias)[:, :, None, None]
+    # The patches of an image stand in one column.
+    halved = convolution(hidden_states.flatten(1, 2).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return halved.reshape(batch_size, kept, side // 2, side // 2, -1)
 
 
 def pointwise(hidden_states: torch.Tensor, convolution: nn.Conv2d) -> torch.Tensor:
@@ -118,7 +122,8 @@ def _trains_on_cpu(hidden_states: torch.Tensor, convolution: nn.Conv2d) -> bool:
 
 def _is_plain(convolution: nn.Conv2d) -> bool:
     """Whether nothing would be passed by when the module is not called: an adapter, a hook, a replaced forward."""
-    hooked = convolution._forward_hooks or convolution._forward_pre_hooks or "forward" in convolution.__dict__
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooked = "forward" in convolution.__dict__ or any(getattr(convolution, kind) for kind in kinds)
     return type(convolution) is nn.Conv2d and type(convolution.weight) is nn.Parameter and not hooked
 
 
@@ -168,7 +173,7 @@ def _weight_gradient(canvas: torch.Tensor, gradient: torch.Tensor, weight: torch
         groups=groups,
     )
     by_image = by_image.view(batch_size, *weight.shape)
-    return by_image.sum(0, dtype=torch.float32).to(weight.dtype)
+    return by_image.sum(0, dtype=torch.promote_types(weight.dtype, torch.float32)).to(weight.dtype)
 
 
 __all__ = ["VisibleCells", "depthwise", "halve", "pointwise"]
