@@ -19,6 +19,7 @@ import torch
 from training.run_record import hardware
 
 RESULTS = Path(__file__).parent / "results"
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def interleave(candidates: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
@@ -33,6 +34,11 @@ def interleave(candidates: dict[str, Callable[[], object]], rounds: int, warmup:
             if i >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def medians(candidates: dict[str, Callable[[], object]], rounds: int = 3) -> dict[str, float]:
+    """Median seconds of each candidate in a few rounds: enough to choose one, too few to report."""
+    return {name: statistics.median(times) for name, times in interleave(candidates, rounds, warmup=1).items()}
 
 
 def speedup(slow: list[float], fast: list[float]) -> dict[str, float]:
@@ -76,11 +82,11 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def save(name: str, results: dict) -> None:
-    """Writes `results` and the machine that they come from to `benchmarks/results/NAME.json`."""
+def save(name: str, results: dict, libraries: tuple[str, ...] = ("torch", "transformers", "tokenizers")) -> None:
+    """Writes `results`, the machine that they come from and versions to `benchmarks/results/NAME.json`."""
     origin = {
         "hardware": hardware(on_cpu=True),
-        "libraries": {package: version(package) for package in ("torch", "transformers", "tokenizers")},
+        "libraries": {package: version(package) for package in libraries},
     }
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
