@@ -1,26 +1,24 @@
 """Pretraining as a user runs it: killed and resumed, on two processes, with bad input, and opened by a stranger."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_runs import REPOSITORY, command, kill_when_there, losses, two_processes
+from training_runs import run as run_command
 
 from hf_models import LlamaStyleForCausalLM
 from hf_models.bpe_tokenizer import train_bpe
 from training.pretrain_lm import prepare
-from training.quickstart import PROMPTS, open_as_a_stranger
+from training.quickstart import HALVES, PROMPTS, open_as_a_stranger
 from training.text_data import load_text_dataset
 
-REPOSITORY = Path(__file__).parent.parent
 TINY_MODEL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
 ARGUMENTS = {
     "size": "1m",
@@ -51,24 +49,13 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def command(inputs, output_dir, launcher=(), **changes):
+def pretrain(inputs, output_dir, launcher=(), **changes):
     given = {"dataset": inputs / "texts", "tokenizer": inputs / "tokenizer", "output_dir": output_dir}
-    given = {name: value for name, value in (given | ARGUMENTS | changes).items() if value is not None}
-    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
-    return [sys.executable, *launcher, "-m", "training.pretrain_lm", *words]
+    return command("training.pretrain_lm", given | ARGUMENTS | changes, launcher)
 
 
 def run(*args, **changes):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(*args, **changes), cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-def losses(folder):
-    """Step and value of every loss that the run recorded, in training and held-out."""
-    history = json.loads((folder / "run.json").read_text())["history"]
-    return [(e["step"], name, e[name]) for e in history for name in ("loss", "eval_loss", "grad_norm") if name in e]
+    return run_command(pretrain(*args, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +122,7 @@ def test_the_folder_opens_with_every_auto_class_and_the_pipeline(finished, tmp_p
 
 
 def test_the_folder_opens_where_hf_models_is_not_installed(finished, capfd):
-    open_as_a_stranger(finished, PROMPTS)
+    open_as_a_stranger(HALVES["language"], finished)
     printed = capfd.readouterr().out
     assert all(prompt in printed for prompt in PROMPTS)
     names = {path.suffix for path in finished.iterdir() if path.is_file()}
@@ -145,18 +132,9 @@ def test_the_folder_opens_where_hf_models_is_not_installed(finished, capfd):
 
 def test_killed_at_any_moment_and_resumed_it_gives_the_same_losses_to_the_bit(inputs, finished, tmp_path):
     folder = tmp_path / "killed"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # The first kill comes as soon as a checkpoint is being written, the second some time after a later one.
     for awaited, delay in (("checkpoint_partial", 0.0), ("checkpoint-80", 0.05)):
-        process = subprocess.Popen(
-            command(inputs, folder), cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        deadline = time.monotonic() + 120
-        while not (folder / awaited).exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        kill_when_there(pretrain(inputs, folder), folder / awaited, delay)
         assert json.loads((folder / "run.json").read_text())["status"] in ("running", "finished")
     ended = run(inputs, folder)
     assert ended.returncode == 0, ended.stderr
@@ -182,8 +160,7 @@ def test_killed_after_its_last_checkpoint_it_takes_no_step_more(inputs, finished
 
 
 def test_two_processes_give_the_losses_of_one_with_the_same_global_batch(inputs, finished, tmp_path):
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29571")
-    ended = run(inputs, tmp_path / "two", launcher, per_device_train_batch_size=4)
+    ended = run(inputs, tmp_path / "two", two_processes(29571), per_device_train_batch_size=4)
     assert ended.returncode == 0, ended.stderr
     one, two = losses(finished), losses(tmp_path / "two")
     assert [entry[:2] for entry in one] == [entry[:2] for entry in two]
@@ -278,7 +255,7 @@ def test_a_folder_with_another_run_is_refused_and_left_as_it_is(inputs, finished
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_told_before_the_work(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["pretrain_lm", *command(inputs, tmp_path / "run")[3:]])
+    monkeypatch.setattr("sys.argv", ["pretrain_lm", *pretrain(inputs, tmp_path / "run")[3:]])
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match="for checkpoints and the disk has"):
         prepare()

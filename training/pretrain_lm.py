@@ -10,11 +10,9 @@ transformers' `TrainingArguments`.
 
 import gzip
 import hashlib
-import json
 import lzma
 import math
-import statistics
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.compute as pc
@@ -41,12 +39,15 @@ from .run_folder_trainer import NonFiniteError, RunFolderMixin
 from .run_record import RunRecord
 from .run_setup import (
     RunFolderArguments,
+    check_config_overrides,
     check_training,
     describe_training,
     evaluate_the_end,
     examples_per_step,
+    final_metrics,
     open_run,
     save_whole_model,
+    weights_fingerprint,
 )
 from .text_data import TextDataArguments, describe_texts, load_text_dataset
 
@@ -86,20 +87,7 @@ class PretrainArguments(TextDataArguments):
     )
 
     def __post_init__(self):
-        if isinstance(self.config_overrides, str):
-            try:
-                self.config_overrides = json.loads(self.config_overrides)
-            except ValueError as error:
-                raise ValueError(
-                    f'--config_overrides is not JSON such as {{"num_hidden_layers": 4}}: {error}.'
-                ) from error
-        overridden = self.config_overrides or {}
-        if not isinstance(overridden, dict):
-            raise ValueError(f"--config_overrides is {overridden!r}: give config fields and their values.")
-        if unknown := overridden.keys() - {field.name for field in fields(LlamaStyleConfig)}:
-            raise ValueError(f"--config_overrides names {', '.join(sorted(unknown))}, which LlamaStyleConfig has not.")
-        if overridden and self.model is not None:
-            raise ValueError("--config_overrides is for a new model, and --model names one that has its config.")
+        self.config_overrides = check_config_overrides(self.config_overrides, LlamaStyleConfig, self.model)
         if isinstance(self.sample_prompts, str):
             self.sample_prompts = [self.sample_prompts]
         if not self.sample_prompts:
@@ -295,13 +283,6 @@ def compressed_bits_per_byte(texts: Dataset) -> dict[str, float]:
     return {f"{name}_bits_per_byte": round(8 * len(packed) / len(joined), 4) for name, packed in compressed.items()}
 
 
-def _digest(*parts: Any) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
-
-
 def flops_per_token(model: nn.Module) -> float:
     """Six for each weight that a token is multiplied with (arXiv 2001.08361, section 2.1); attention is not counted."""
     weights = model.num_parameters()
@@ -321,19 +302,6 @@ def describe_blocks(arguments: PretrainArguments, training: OptimizationArgument
     return description
 
 
-def final_metrics(history: list[dict[str, float]]) -> dict[str, float]:
-    """The last evaluation and loss of a run, and its median speed."""
-    steps = [entry for entry in history if "loss" in entry]  # the last step always logs
-    evaluations = [entry for entry in history if "eval_loss" in entry]
-    metrics = {"train_loss": steps[-1]["loss"], "tokens_seen": steps[-1]["tokens_seen"]}
-    for name in ("tokens_per_second", "matmul_share"):
-        metrics[name] = statistics.median(entry[name] for entry in steps)
-    for name in ("eval_loss", "eval_perplexity", "eval_bits_per_byte"):
-        if evaluations and name in evaluations[-1]:
-            metrics[name] = evaluations[-1][name]
-    return metrics
-
-
 def prepare() -> tuple[PretrainTrainer, str | None] | None:
     """Everything up to the first step: reads and checks what the user gave, opens the run folder, packs the text.
 
@@ -348,11 +316,10 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
     train_texts, held_out_texts, data = load_texts(arguments, evaluates=training.eval_strategy != "no")
     data["tokenizer"] = {
         "path": arguments.tokenizer,
-        "fingerprint": _digest(tokenizer.backend_tokenizer.to_str().encode()),
+        "fingerprint": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16],
     }
     if arguments.model is not None:
-        weights = (parameter.detach().view(torch.uint8).numpy() for parameter in model.parameters())
-        data["model"] = {"path": arguments.model, "fingerprint": _digest(*weights)}
+        data["model"] = {"path": arguments.model, "fingerprint": weights_fingerprint(model)}
 
     # Opened before the work of tokenising, so that a folder in use is refused at once.
     opened = open_run(training, "pretrain_lm", given, data, model)
@@ -397,7 +364,7 @@ def finish(trainer: PretrainTrainer) -> None:
     trainer.model.config.use_cache = True  # Trainer switches it off, and the published model is there to generate
     save_whole_model(trainer)
     history, record = trainer.state.log_history, trainer.record
-    metrics = final_metrics(history) | record.content["yardsticks"]
+    metrics = final_metrics(history, "tokens") | record.content["yardsticks"]
     prompt = record.content["arguments"].get("sample_prompts", PretrainArguments().sample_prompts)[0]
     text = continue_text(trainer.model, trainer.processing_class, prompt, do_sample=False)
     record.finish(metrics, history=history, example={"prompt": prompt, "text": text})

@@ -120,15 +120,15 @@ def run_half(half: Half) -> None:
             sys.exit(ended.returncode)
         print(f"== {time.perf_counter() - stage_start:.0f} s", flush=True)
     print(f"\n== Opening {half.model} with {half.auto_class} where hf_models is not to be had", flush=True)
-    open_as_a_stranger(half)
+    open_as_a_stranger(half, half.model)
     print(f"== {time.perf_counter() - start:.0f} s in all", flush=True)
 
 
-def open_as_a_stranger(half: Half) -> None:
-    """Uses the model of `half` in a clean process in another folder, which prints what comes out."""
+def open_as_a_stranger(half: Half, model: Path) -> None:
+    """Uses the folder `model` in a clean process in another place, which prints what comes out."""
     with tempfile.TemporaryDirectory() as elsewhere:
         inputs = half.write_inputs(Path(elsewhere))
-        command = [sys.executable, "-c", STRANGER + half.code, str(half.model.resolve()), *inputs]
+        command = [sys.executable, "-c", STRANGER + half.code, str(model.resolve()), *inputs]
         subprocess.run(command, cwd=elsewhere, check=True)
 
 

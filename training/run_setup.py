@@ -1,6 +1,9 @@
 """What a training script does between its arguments and its first step: defaults, checks, run folder, precision."""
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+import statistics
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,6 +144,45 @@ def describe_training(training: RunFolderArguments, peak: float) -> dict[str, An
     """What the run came down to once every default was filled in."""
     description = {"precision": "bf16" if training.bf16 else "fp32", "matmul_peak_gflops": round(peak / 1e9, 1)}
     return description | {name: getattr(training, name) for name in DESCRIBED}
+
+
+def check_config_overrides(overrides: dict | str | None, config_class: type, model: str | None) -> dict[str, Any]:
+    """`--config_overrides` as a dictionary; ValueError where it names no field of the config, or comes with --model."""
+    if isinstance(overrides, str):
+        try:
+            overrides = json.loads(overrides)
+        except ValueError as error:
+            raise ValueError(f'--config_overrides is not JSON such as {{"mask_ratio": 0.5}}: {error}.') from error
+    overrides = overrides or {}
+    if not isinstance(overrides, dict):
+        raise ValueError(f"--config_overrides is {overrides!r}: give config fields and their values.")
+    if unknown := overrides.keys() - {field.name for field in fields(config_class)}:
+        raise ValueError(
+            f"--config_overrides names {', '.join(sorted(unknown))}, which {config_class.__name__} has not."
+        )
+    if overrides and model is not None:
+        raise ValueError("--config_overrides is for a new model, and --model names one that has its config.")
+    return overrides
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A hash of every parameter, in order."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def final_metrics(history: list[dict[str, float]], unit: str) -> dict[str, float]:
+    """The last loss and evaluation of a run, and its median speed; `unit` is the trainer's, "tokens" or "images"."""
+    steps = [entry for entry in history if "loss" in entry]  # the last step always logs
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    metrics = {"train_loss": steps[-1]["loss"], f"{unit}_seen": steps[-1][f"{unit}_seen"]}
+    for name in (f"{unit}_per_second", "matmul_share"):
+        metrics[name] = statistics.median(entry[name] for entry in steps)
+    times = ("_runtime", "_per_second", "_time")
+    last = evaluations[-1] if evaluations else {}
+    return metrics | {name: last[name] for name in last if name.startswith("eval_") and not name.endswith(times)}
 
 
 def evaluate_the_end(trainer) -> None:

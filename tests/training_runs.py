@@ -1,0 +1,47 @@
+"""Training commands as a user runs them, each in a process of its own: run, killed, and read from their run folder."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def command(module, options, launcher=()):
+    """`python -m MODULE --field value ...`; a list is several values, and options that are None are left out."""
+    given = {
+        name: value if isinstance(value, list) else [value] for name, value in options.items() if value is not None
+    }
+    words = [str(word) for name, values in given.items() for word in (f"--{name}", *values)]
+    return [sys.executable, *launcher, "-m", module, *words]
+
+
+def two_processes(port):
+    return ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
+
+
+def run(words):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def kill_when_there(words, awaited, delay=0.0):
+    """Starts a command and kills it `delay` seconds after the path `awaited` appeared."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while not awaited.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def losses(folder):
+    """Step, name and value of every loss that the run recorded, in training and held-out, and of the gradients."""
+    history = json.loads((folder / "run.json").read_text())["history"]
+    return [(e["step"], name, e[name]) for e in history for name in ("loss", "eval_loss", "grad_norm") if name in e]

@@ -1,0 +1,440 @@
+"""Trains an image classifier: fine-tunes a pretrained ConvNeXt or another model, or begins with new weights.
+
+    python -m training.finetune_classifier --config training/recipes/convnextv2_fcmae/finetune_emoji_quickstart.yaml
+    accelerate launch --config_file training/accelerate_configs/ddp.yaml -m training.finetune_classifier --config ...
+
+Reads a model and labelled images; writes a model folder with its image processor, `run.json` and card. The same command
+again goes on from the last checkpoint, or says that the run is finished. Fields are those of `FinetuneArguments` below
+and of transformers' `TrainingArguments`.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel, Trainer, set_seed
+
+from hf_models.convnextv2_fcmae import ConvNextV2FcmaeConfig
+from hf_models.stored_weights import read_config_fields, some
+from hub_cards.build_card import ASSETS, build_card
+
+from .classification_report import confusion_counts, per_class_table
+from .classifier_inputs import UNREADABLE, AugmentationArguments, ClassifierCollator, HeldOutImages, TrainingItem
+from .classifier_models import (
+    SIZES,
+    Classifier,
+    ClassifierArguments,
+    forward_flops,
+    head_parameters,
+    image_format,
+    open_classifier,
+)
+from .command_line import parse_arguments, plain_errors
+from .image_data import (
+    ImageDataArguments,
+    ImageDataset,
+    TooManyUnreadableError,
+    describe_images,
+    load_image_dataset,
+)
+from .image_draws import DrawnImages, EpochSampler, whole_batches
+from .layer_decay import LAYER_DECAY_TYPES, parameter_groups
+from .run_folder_trainer import NonFiniteError, RunFolderMixin
+from .run_setup import (
+    RunFolderArguments,
+    check_training,
+    describe_training,
+    evaluate_the_end,
+    examples_per_step,
+    final_metrics,
+    open_run,
+    save_whole_model,
+    weights_fingerprint,
+)
+from .weight_averaging import AveragedWeightsMixin
+
+TASK = "finetune_classifier"
+LEARNING_RATE_IMAGES = 256  # the batch that base_learning_rate is for
+TOP = 5
+BASE_PICTURE = f"{ASSETS}/base_reconstruction.png"
+# ConvNeXt V2's released weights, in every layout in which they are passed on.
+RELEASED_V2_LICENSE = "CC-BY-NC-4.0"
+
+
+@dataclass
+class FinetuneArguments(ClassifierArguments, AugmentationArguments, ImageDataArguments):
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Images to evaluate on. By default another split of --dataset."}
+    )
+    eval_dataset_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    freeze_backbone: bool = field(default=False, metadata={"help": "Train the head alone (linear probing)."})
+    compare_with: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Finished run folders of this script, with the same evaluation data, to show beside this."},
+    )
+
+    def __post_init__(self):
+        ClassifierArguments.__post_init__(self)
+        AugmentationArguments.__post_init__(self)
+        ImageDataArguments.__post_init__(self)
+        self.compare_with = [os.path.relpath(folder) for folder in self.compare_with]
+
+
+@dataclass
+class OptimizationArguments(RunFolderArguments):
+    """The defaults of ConvNeXt V2's fine-tuning (arXiv 2301.00808, appendix), where all sizes agree."""
+
+    output_dir: str = field(default=f"runs/{TASK}", metadata={"help": "The run folder."})
+    base_learning_rate: float = field(
+        default=8e-4, metadata={"help": "Peak learning rate for each 256 images of an optimizer step."}
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate itself; by default it follows from --base_learning_rate."}
+    )
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Or warmup_stable_decay, ..."})
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Options of the schedule, as JSON; {"min_lr": 1e-6} for cosine_with_min_lr unless given.'},
+    )
+    warmup_epochs: float = field(default=0.0, metadata={"help": "Length of the warm-up, in place of warmup_steps."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Decay of matrices; norms and biases have none."})
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Factor of the learning rate from each layer to the one before it; 1 for none."}
+    )
+    layer_decay_type: str = field(
+        default="single", metadata={"help": "What a layer is: single (a block) or group (three blocks, or a stage)."}
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "Share of the averaged weights that a step keeps, such as 0.9999; 0: no average."},
+    )
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps or epoch."})
+
+    def __post_init__(self):
+        given, self.learning_rate = self.learning_rate, self.learning_rate or 0.0
+        super().__post_init__()
+        if given is None:
+            self.learning_rate = self.base_learning_rate * examples_per_step(self) / LEARNING_RATE_IMAGES
+        if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
+            self.lr_scheduler_kwargs = {"min_lr": min(1e-6, self.learning_rate)}
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"--layer_decay is {self.layer_decay}: give a factor above 0, and 1 for none.")
+        if self.layer_decay_type not in LAYER_DECAY_TYPES:
+            raise ValueError(f"--layer_decay_type is {self.layer_decay_type!r}: take {' or '.join(LAYER_DECAY_TYPES)}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay is {self.ema_decay}: give 0 (no average) or more, and less than 1.")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ValueError(
+                f"--label_smoothing_factor is {self.label_smoothing_factor}: give 0 or more, and less than 1."
+            )
+        if self.warmup_epochs and self.warmup_steps:
+            raise ValueError("--warmup_epochs and --warmup_steps both say how long the warm-up is: give one.")
+
+
+class FinetuneTrainer(AveragedWeightsMixin, RunFolderMixin, Trainer):
+    """Trains on probabilities of classes, by layer-wise rates, and counts every held-out image once."""
+
+    def __init__(self, *args, frozen: bool, **kwargs):
+        super().__init__(
+            *args, preprocess_logits_for_metrics=image_outcomes, compute_metrics=self._image_metrics, **kwargs
+        )
+        self.frozen = frozen
+        self.model_accepts_loss_kwargs = False  # our loss is a batch's mean, whatever the model's own would be
+        self.outcomes: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def _get_train_sampler(self, train_dataset=None):
+        steps = len(self.train_dataset) // examples_per_step(self.args)
+        return EpochSampler(self.train_dataset, self.args.seed, lambda: self.state.global_step // steps)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            args = self.args
+            groups = parameter_groups(
+                model, args.learning_rate, args.weight_decay, args.layer_decay, args.layer_decay_type
+            )
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, model)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.frozen:
+            self.model.eval()  # features as they will be used: no dropped path, no statistics of a batch
+        logits = model(pixel_values=inputs["pixel_values"]).logits
+        loss = nn.functional.cross_entropy(logits.float(), inputs["labels"])
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def units_in_step(self, inputs, num_items_in_batch):
+        return examples_per_step(self.args)
+
+    def describe_batch(self, inputs):
+        classes = inputs["labels"].argmax(1).tolist()[:8]
+        return "whose first images are of " + ", ".join(self.model.config.id2label[number] for number in classes)
+
+    def _image_metrics(self, prediction) -> dict[str, float]:
+        readable = prediction.label_ids != UNREADABLE
+        self.eval_dataset.check_unreadable(np.flatnonzero(~readable))
+        losses, predicted, in_top = prediction.predictions[readable].astype("float64").T
+        labels = prediction.label_ids[readable]
+        self.outcomes = (self.state.global_step, labels, predicted.astype("int64"))
+        metrics = {"loss_per_image": float(losses.mean()), "accuracy": float((predicted == labels).mean())}
+        if self.model.config.num_labels > TOP:
+            metrics[f"top{TOP}_accuracy"] = float(in_top.mean())
+        return metrics
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Trainer's own loss is a mean over batches of means, the last of which may be of fewer images.
+        output.metrics[f"{metric_key_prefix}_loss"] = output.metrics.pop(f"{metric_key_prefix}_loss_per_image")
+        return output
+
+
+def image_outcomes(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`logits (batch, classes)`, `labels (batch,)` -> `(batch, 3)`: loss in nats, class, 1.0 if in the top 5."""
+    logits = logits.float()
+    loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+    in_top = (logits.topk(min(TOP, logits.shape[1]), dim=1).indices == labels[:, None]).any(1)
+    return torch.stack([loss, logits.argmax(1).float(), in_top.float()], dim=1)
+
+
+def check_arguments(arguments: FinetuneArguments, training: OptimizationArguments) -> None:
+    """What can be told wrong before model and data are read."""
+    check_training(training, f"training.{TASK}")
+    if arguments.streaming:
+        raise ValueError("--streaming has no known classes and epochs, which fine-tuning counts: leave it off.")
+    if arguments.mixes and training.per_device_train_batch_size % 2:
+        raise ValueError(
+            f"--mixup and --cutmix pair the images of a batch, and --per_device_train_batch_size is "
+            f"{training.per_device_train_batch_size}: give an even one."
+        )
+    if arguments.freeze_backbone and arguments.from_scratch:
+        raise ValueError("--freeze_backbone would keep the random weights of --from_scratch: give one of the two.")
+    sharded = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
+    if training.ema_decay and sharded:
+        raise ValueError(f"--ema_decay averages whole weights, which {sharded[0]} shards: give 0, or use ddp.yaml.")
+    if arguments.compare_with and training.eval_strategy == "no":
+        raise ValueError("--compare_with compares evaluations, and --eval_strategy is no: leave one off.")
+
+
+def load_comparisons(folders: list[str], data: dict[str, Any]) -> list[dict[str, Any]]:
+    """What finished runs on the same held-out images came to; ValueError for a folder that is no such run."""
+    comparisons = []
+    for folder in folders:
+        run = _read_run(folder)
+        if run is None or run["task"] != TASK or run["status"] != "finished":
+            raise ValueError(f"--compare_with {folder} holds no finished run of training.{TASK}.")
+        if run["data"].get("eval", {}).get("fingerprint") != data["eval"]["fingerprint"]:
+            raise ValueError(
+                f"--compare_with {folder} was evaluated on other images than this run: nothing to compare."
+            )
+        comparisons.append(
+            {
+                "name": Path(folder).resolve().name,
+                "path": folder,
+                "model": run["arguments"].get("model", ClassifierArguments.model),
+                "from_scratch": run["arguments"].get("from_scratch", False),
+                "metrics": run["metrics"],
+                "wall_time_seconds": run["wall_time_seconds"],
+            }
+        )
+    return comparisons
+
+
+def _read_run(folder: str) -> dict[str, Any] | None:
+    path = Path(folder) / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def describe_base(arguments: FinetuneArguments, model: PreTrainedModel) -> dict[str, Any]:
+    """Sections of `run.json` about the weights that the run began with: the run they come from, and their licence."""
+    if arguments.model in SIZES or arguments.from_scratch:
+        return {}
+    run = _read_run(arguments.model)
+    if run is None:
+        return {"base_license": _license_of(model, Path(arguments.model))}
+    base = {
+        "path": arguments.model,
+        "task": run["task"],
+        "data": run["data"]["train"].get("info", {}).get("name") or run["data"]["train"]["dataset"],
+        "metrics": run["metrics"],
+        "wall_time_seconds": run["wall_time_seconds"],
+        "images_seen": run["metrics"].get("images_seen"),
+        "picture": BASE_PICTURE if _picture_of(run, arguments.model) else None,
+    }
+    return {"base_run": base, "base_license": run.get("base_license")}
+
+
+def _picture_of(run: dict[str, Any], folder: str) -> Path | None:
+    """The last reconstruction that a masked pretraining left."""
+    pictures = [sample["picture"] for sample in run.get("samples", []) if "picture" in sample]
+    last = Path(folder) / pictures[-1] if pictures else None
+    return last if last is not None and last.is_file() else None
+
+
+def copy_base_picture(arguments: FinetuneArguments, output_dir: str) -> None:
+    picture = Path(output_dir) / BASE_PICTURE
+    picture.parent.mkdir(exist_ok=True)
+    shutil.copyfile(_picture_of(_read_run(arguments.model), arguments.model), picture)
+
+
+def _license_of(model: PreTrainedModel, path: Path) -> str | None:
+    """The licence of ConvNeXt V2's released weights, for weights in a layout in which those come.
+
+    A file of that layout may be anybody's: the run says the stricter licence, for its owner to correct.
+    """
+    config = model.config
+    if config.model_type == ConvNextV2FcmaeConfig.model_type:
+        of_ours = path.is_dir() and read_config_fields(path / "config.json").get("model_type") == config.model_type
+        released = config.use_grn and not of_ours
+    else:
+        family = getattr(config, "architecture", config.model_type).split("_")[0]
+        released = family == "convnextv2"
+    return RELEASED_V2_LICENSE if released else None
+
+
+def load_images(
+    arguments: FinetuneArguments, training: OptimizationArguments
+) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
+    """Training and held-out images, and the description of both for `run.json`."""
+    columns = {"image_column": arguments.image_column, "label_column": arguments.label_column, "require_labels": True}
+    config = {"config": arguments.dataset_config}
+    train = load_image_dataset(arguments.dataset, arguments.dataset_split, **columns, **config)
+    labels = train.features["label"].names
+    if len(labels) < 2:
+        raise ValueError(
+            f"{arguments.dataset} ({arguments.dataset_split}) has the one class {labels[0]!r}: give two or more to "
+            "tell apart."
+        )
+    data = {"train": describe_images(train, arguments.dataset, arguments.dataset_split)}
+    if training.eval_strategy == "no":
+        return train, None, data
+    name, split = arguments.eval_dataset or arguments.dataset, arguments.eval_dataset_split
+    config = config if arguments.eval_dataset is None else {}
+    held_out = load_image_dataset(name, split, **columns, **config, class_names=labels)
+    unseen = set(held_out["label"]) - set(train["label"])
+    if unseen and training.process_index == 0:
+        print(f"No training image is of the classes {some(labels[number] for number in sorted(unseen))}.")
+    return train, held_out, data | {"eval": describe_images(held_out, name, split)}
+
+
+def describe_model(classifier: Classifier) -> dict[str, Any]:
+    model = classifier.model
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    return {
+        "parameters": model.num_parameters(),
+        "trainable_parameters": model.num_parameters(only_trainable=True),
+        "new_parameters": classifier.new,
+        "config": config,
+    }
+
+
+def prepare() -> tuple[FinetuneTrainer, str | None] | None:
+    """Everything up to the first step: reads and checks what the user gave, and opens the run folder.
+
+    Returns the trainer and the checkpoint to go on from; None where the folder holds this run, finished.
+    """
+    arguments, training, given = parse_arguments(FinetuneArguments, OptimizationArguments, description=__doc__)
+    check_arguments(arguments, training)
+    train_images, held_out_images, data = load_images(arguments, training)
+    labels = train_images.features["label"].names
+    comparisons = load_comparisons(arguments.compare_with, data)
+
+    set_seed(training.seed)
+    classifier = open_classifier(arguments, labels)
+    model, processor = classifier.model, classifier.processor
+    images = image_format(model, processor)
+    flops = forward_flops(model, images, arguments.model)
+    if arguments.freeze_backbone:
+        model.requires_grad_(False)
+        for parameter in head_parameters(model).values():
+            parameter.requires_grad_(True)
+    # Built for nothing: that a model's layers are not known would otherwise be told only when training begins.
+    parameter_groups(model, 1.0, 0.0, training.layer_decay, training.layer_decay_type)
+    train_images = whole_batches(train_images, examples_per_step(training), training.seed)
+    if training.warmup_epochs:
+        training.warmup_steps = round(training.warmup_epochs * len(train_images) / examples_per_step(training))
+    if arguments.model not in SIZES and not arguments.from_scratch:
+        data["model"] = {"path": arguments.model, "fingerprint": weights_fingerprint(model)}
+
+    training_item = TrainingItem(arguments, images)
+    opened = open_run(training, TASK, given, data, model)
+    if opened is None:
+        return None
+    record, checkpoint, peak = opened
+    training.label_names = ["labels"]
+    base = describe_base(arguments, model)
+    trainer = FinetuneTrainer(
+        model=model,
+        args=training,
+        train_dataset=DrawnImages(
+            ImageDataset(train_images, num_channels=images.channels), training_item, training.seed
+        ),
+        eval_dataset=held_out_images and HeldOutImages(held_out_images, processor, images),
+        data_collator=ClassifierCollator(arguments, len(labels), training.label_smoothing_factor),
+        processing_class=processor,
+        record=record,
+        unit="images",
+        flops_per_unit=flops * (1 if arguments.freeze_backbone else 3),  # backward: to weights and to inputs
+        matmul_peak=peak,
+        ema_decay=training.ema_decay,
+        frozen=arguments.freeze_backbone,
+    )
+    record.save(
+        model=describe_model(classifier),
+        image=images._asdict(),
+        training=describe_training(training, peak)
+        | {name: getattr(training, name) for name in ("layer_decay", "layer_decay_type", "ema_decay")}
+        | {"images_per_step": examples_per_step(training), "label_smoothing": training.label_smoothing_factor},
+        comparisons=comparisons,
+        **base,
+    )
+    if trainer.is_world_process_zero() and base.get("base_run", {}).get("picture"):
+        copy_base_picture(arguments, training.output_dir)
+    return trainer, checkpoint
+
+
+def finish(trainer: FinetuneTrainer) -> None:
+    """Saves the model into the run folder and writes what came of the run: metrics, classes, the card."""
+    evaluate_the_end(trainer)
+    if trainer.eval_dataset is not None and (trainer.outcomes or (None,))[0] != trainer.state.global_step:
+        trainer.predict(trainer.eval_dataset)  # evaluated before this process was started: its outcomes again
+    save_whole_model(trainer)
+    history, record = trainer.state.log_history, trainer.record
+    metrics = final_metrics(history, "images")
+    sections = {}
+    if trainer.outcomes is not None:
+        _, labels, predicted = trainer.outcomes
+        names = list(trainer.model.config.id2label.values())
+        counts = confusion_counts(labels, predicted, len(names))
+        sections = {
+            "per_class": per_class_table(counts, names),
+            "confusion": {"labels": names, "counts": counts.tolist()},
+        }
+    skipped = trainer.train_dataset.images.skipped
+    record.finish(metrics, history=history, skipped_images=skipped[:20], **sections)
+    if trainer.is_world_process_zero():
+        build_card(trainer.args.output_dir)
+        print(f"{trainer.args.output_dir}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+def main() -> None:
+    with plain_errors():
+        prepared = prepare()
+    if prepared is None:
+        return
+    trainer, checkpoint = prepared
+    with plain_errors(NonFiniteError, TooManyUnreadableError):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finish(trainer)
+
+
+if __name__ == "__main__":
+    main()
