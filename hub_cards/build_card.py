@@ -9,6 +9,7 @@ section whose data are missing is left out, and a card that cannot do without th
 import argparse
 import json
 import re
+import shutil
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .plots import draw_curves
+from .confusion import PICTURED_CLASSES, draw_confusion, most_confused, side
+from .plots import WIDE, draw_curves
 from .readable_numbers import count, duration, quantity
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -40,26 +42,75 @@ OPTIONAL_SECTIONS = {
     "history": [],
     "samples": [],
     "example": {},
+    "image": {},
+    "base_license": None,
+    "base_run": {},
+    "comparisons": [],
+    "confusion": {},
+    "per_class": [],
+    "skipped_images": [],
 }
+# Of each task: its pipeline on the Hub, its tags, and the figures that the Hub's index of models is told, each with
+# its type there and its name.
 HUB_METADATA = {
-    "pretrain_lm": {"pipeline_tag": "text-generation", "tags": ["pretrained", "custom_code"]},
-    "train_tokenizer": {"tags": ["tokenizer"]},
+    "pretrain_lm": {
+        "pipeline_tag": "text-generation",
+        "tags": ["pretrained"],
+        "metrics": {
+            "eval_loss": ("loss", "loss (nats a token)"),
+            "eval_perplexity": ("perplexity", "perplexity (per token)"),
+            "eval_bits_per_byte": ("bits_per_byte", "bits per byte"),
+        },
+    },
+    "pretrain_fcmae": {
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["fcmae", "pretrained"],
+        # The loss stays out: it compares with no other model's, for it depends on masks and patches.
+        "metrics": {
+            "eval_knn_accuracy": ("accuracy", "accuracy of the nearest neighbours, frozen features"),
+            "eval_linear_accuracy": ("accuracy", "accuracy of a linear probe, frozen features"),
+        },
+    },
+    "finetune_classifier": {
+        "pipeline_tag": "image-classification",
+        "tags": [],
+        "metrics": {
+            "eval_accuracy": ("accuracy", "top-1 accuracy"),
+            "eval_top5_accuracy": ("top5_accuracy", "top-5 accuracy"),
+        },
+    },
+    "train_tokenizer": {"tags": ["tokenizer"], "metrics": {}},
 }
+LOSS_LABELS = {
+    "pretrain_fcmae": "mean squared error, removed patches",
+    "finetune_classifier": "cross-entropy (nats an image)",
+}
+# A card's table of classes is whole up to so many; beyond, it has the best and the worst.
+LISTED_CLASSES, EXTREME_CLASSES = 50, 10
 # Arguments about where a run's files are and what it says meanwhile, and what the card shows elsewhere.
 NOT_HYPERPARAMETERS = {
+    "compare_with",
     "dataset",
     "dataset_config",
     "dataset_split",
+    "dataloader_persistent_workers",
     "disable_tqdm",
     "eval_dataset",
     "eval_dataset_split",
     "eval_steps",
     "eval_strategy",
     "dataloader_num_workers",
+    "from_scratch",
+    "image_column",
+    "label_column",
+    "label_smoothing_factor",
     "logging_steps",
     "matmul_peak_gflops",
     "model",
     "output_dir",
+    "per_device_eval_batch_size",
+    "probe",
+    "probe_images",
     "processes",
     "report_to",
     "run_name",
@@ -71,8 +122,8 @@ NOT_HYPERPARAMETERS = {
     "streaming",
     "text_column",
     "tokenizer",
+    "use_cpu",
 }
-EVAL_METRICS = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_bits_per_byte": "bits_per_byte"}
 
 
 def build_card(folder: str | Path) -> Path:
@@ -87,8 +138,8 @@ def build_card(folder: str | Path) -> Path:
     # A card is read in many places: where the run has no home on the Hub, the code opens the folder beside the reader.
     name = run["hub_id"].split("/")[-1] if "hub_id" in run else folder.resolve().name
     repo = run.get("hub_id", f"./{name}")
-    plots = draw_curves(run["history"], run["metrics"], folder / ASSETS)
     try:
+        plots = _draw(run, folder)
         text = template.render(
             run,
             name=name,
@@ -96,11 +147,15 @@ def build_card(folder: str | Path) -> Path:
             plots={plot: f"{ASSETS}/{file}" for plot, file in plots.items()},
             train_data=run["data"].get("train", {}),
             eval_data=run["data"].get("eval", {}),
+            base_model=_base_model(run),
+            custom_code="auto_map" in run.get("model", {}).get("config", {}),
+            license=_license(run),
             hyperparameters={
                 field: value
                 for field, value in (run["arguments"] | run["training"]).items()
-                if field not in NOT_HYPERPARAMETERS
+                if field not in NOT_HYPERPARAMETERS and value not in (None, "")
             },
+            **_class_figures(run),
         )
         metadata = _metadata(run, name)
     except (jinja2.UndefinedError, KeyError) as error:
@@ -109,6 +164,66 @@ def build_card(folder: str | Path) -> Path:
     path = folder / "README.md"
     card.save(path)
     return path
+
+
+def _draw(run: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Draws or copies the card's pictures into `folder/card_assets/`; returns the file's name of each."""
+    assets = folder / ASSETS
+    loss_label = LOSS_LABELS.get(run["task"], "cross-entropy (nats a token)")
+    plots = draw_curves(run["history"], run["metrics"], assets, loss_label, run["comparisons"])
+    if run["confusion"] and (file := draw_confusion(run["confusion"]["labels"], run["confusion"]["counts"], assets)):
+        plots["confusion"] = file
+    pictures = [sample["picture"] for sample in run["samples"] if "picture" in sample]
+    reconstruction = assets / "reconstruction.png"
+    if pictures and (folder / pictures[-1]).is_file():
+        assets.mkdir(exist_ok=True)
+        shutil.copyfile(folder / pictures[-1], reconstruction)
+    # The card may be built again where only its own pictures came along.
+    if pictures and reconstruction.is_file():
+        plots["reconstruction"] = reconstruction.name
+    return plots
+
+
+def _base_model(run: dict[str, Any]) -> str | None:
+    """The model whose weights the run began with; None for new weights."""
+    return run["data"].get("model", {}).get("path")
+
+
+def _license(run: dict[str, Any]) -> str | None:
+    """On what terms the run's result may be passed on, in the Hub's spelling; None where no run knows.
+
+    It is the licence of the text or images, unless the weights that the run began with have their own, which prevails,
+    or were made from data whose terms this run does not know.
+    """
+    if run["base_license"]:
+        return run["base_license"].lower()
+    info = run["data"].get("train", {}).get("info", {})
+    if _base_model(run) is None or ("name" in info and run["base_run"].get("data") == info["name"]):
+        return info.get("license")
+    return None
+
+
+def _class_figures(run: dict[str, Any]) -> dict[str, Any]:
+    """What a classifier's card says of its classes and of how sure its accuracy is, as far as the run recorded it."""
+    metrics, confusion = run["metrics"], run["confusion"]
+    figures: dict[str, Any] = {"classes": sorted(run["per_class"], key=lambda row: row["label"])}
+    if len(run["per_class"]) > LISTED_CLASSES:
+        ranked = sorted(
+            (row for row in figures["classes"] if row["recall"] is not None), key=lambda row: -row["recall"]
+        )
+        figures |= {"classes": [], "best_classes": ranked[:EXTREME_CLASSES]}
+        figures["worst_classes"] = ranked[: -EXTREME_CLASSES - 1 : -1]
+    if confusion:
+        images = sum(map(sum, confusion["counts"]))
+        figures["evaluated_images"] = images
+        # As a share of the text's width, so that its letters are of the size of the other pictures'.
+        figures["confusion_width"] = round(100 * side(len(confusion["labels"])) / WIDE[0])
+        if images and "eval_accuracy" in metrics:
+            accuracy = metrics["eval_accuracy"]
+            figures["standard_error"] = (accuracy * (1 - accuracy) / images) ** 0.5
+        if len(confusion["labels"]) > PICTURED_CLASSES:
+            figures["confused"] = most_confused(confusion["labels"], confusion["counts"])
+    return figures
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
@@ -143,6 +258,7 @@ def _template(task: str) -> jinja2.Template:
         "fenced": fenced,
         "inline_code": inline_code,
         "machine": machine,
+        "plain": plain,
         "python_string": python_string,
         "quantity": quantity,
     }
@@ -171,6 +287,11 @@ def cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
+def plain(text: str) -> str:
+    """`text` as it stands, whatever Markdown would make of its characters."""
+    return re.sub(r"[\\`*<\[]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+
+
 def inline_code(text: str) -> str:
     fence = "`" * (_longest_backticks(text) + 1)
     padding = " " if "`" in text else ""
@@ -193,38 +314,41 @@ def _metadata(run: dict[str, Any], name: str) -> ModelCardData:
     """The card's YAML header, which the Hub searches and shows beside the card."""
     hub = HUB_METADATA[run["task"]]
     info = run["data"].get("train", {}).get("info", {})
+    config = run.get("model", {}).get("config", {})
+    tags = [config["model_type"]] if "model_type" in config else []
+    tags += hub["tags"] + (["custom_code"] if "auto_map" in config else [])
     # A sample's name or a local file's path would be taken for a data set on the Hub.
     datasets = [data["dataset"] for data in run["data"].values() if data.get("source") == "hub"]
-    model_type = run.get("model", {}).get("config", {}).get("model_type")
     results = _eval_results(run)
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=hub.get("pipeline_tag"),
-        # Weights and vocabularies are passed on under the licence of the text that they were made from, unless another
-        # model, whose terms no run knows, was their beginning.
-        license=None if run["arguments"].get("model") else info.get("license"),
+        license=_license(run),
         language=info.get("language"),
         datasets=sorted(set(datasets)) or None,
-        tags=[model_type, *hub["tags"]] if model_type else hub["tags"],
+        tags=tags or None,
         model_name=name if results else None,
         eval_results=results or None,
     )
 
 
 def _eval_results(run: dict[str, Any]) -> list[EvalResult]:
-    data = run["data"].get("eval")
+    data, hub = run["data"].get("eval"), HUB_METADATA[run["task"]]
     if data is None:
         return []
+    # Of a local path, which is no data set on the Hub, the last part.
+    dataset = data["dataset"] if data.get("source") == "hub" else Path(data["dataset"]).name
     return [
         EvalResult(
-            task_type="text-generation",
-            dataset_type=data["dataset"],
-            dataset_name=data.get("info", {}).get("name", data["dataset"]),
+            task_type=hub["pipeline_tag"],
+            dataset_type=dataset,
+            dataset_name=data.get("info", {}).get("name", dataset),
             dataset_split=data.get("split"),
             metric_type=metric_type,
+            metric_name=name,
             metric_value=run["metrics"][key],
         )
-        for key, metric_type in EVAL_METRICS.items()
+        for key, (metric_type, name) in hub["metrics"].items()
         if run["metrics"].get(key) is not None
     ]
 

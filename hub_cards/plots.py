@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 TRAINING, HELD_OUT, REFERENCE = "#7f9fc4", "#d1495b", "#6b7280"
+DASHES = ((4, 2), (1, 1.5), (7, 2, 1, 2))  # Of the runs to compare with; the lines of more would hide each other.
 WIDE, HALF = (8.0, 3.6), (4.0, 2.9)  # Inches: of the card's text width, and of half of it with the same letter size.
 STYLE = {
     "figure.facecolor": "white",
@@ -34,20 +35,39 @@ STYLE = {
     "legend.frameon": False,
 }
 
+ACCURACIES = {
+    "accuracy": "top-1",
+    "top5_accuracy": "top-5",
+    "knn_accuracy": "k nearest neighbours",
+    "linear_accuracy": "linear probe",
+}
+
 Point = tuple[float, float]
 
 
-def draw_curves(history: list[dict[str, Any]], metrics: dict[str, float], folder: Path) -> dict[str, str]:
-    """Draws the curves of a language model's training as PNG files into `folder`, which is created where needed.
+def draw_curves(
+    history: list[dict[str, Any]],
+    metrics: dict[str, float],
+    folder: Path,
+    loss_label: str,
+    comparisons: list[dict[str, Any]] = (),
+) -> dict[str, str]:
+    """Draws the curves of a training as PNG files into `folder`, which is created where needed.
 
     Args:
         history: Trainer's log, one dictionary a logged `step`.
         metrics: the run's figures; the compressors' bits per byte among them become lines to compare with.
+        loss_label: what the loss is, with its unit.
+        comparisons: other runs, each with its `name` and `metrics`; the accuracy of up to three of them, as many as can
+            be told apart, becomes a line to compare with.
 
-    Returns the file's name for each picture drawn: of `loss`, `bits_per_byte` and `learning_rate`.
+    Returns the file's name for each picture drawn: of `loss`, `bits_per_byte`, `accuracy` and `learning_rate`.
     """
     loss, held_out_loss = _points(history, "loss"), _points(history, "eval_loss")
     bits_per_byte, learning_rate = _points(history, "eval_bits_per_byte"), _points(history, "learning_rate")
+    accuracies = {
+        name: points for key, name in ACCURACIES.items() if len(points := _points(history, f"eval_{key}")) > 1
+    }
     compressors = {
         name: metrics[key]
         for name, key in (("gzip -9", "gzip_bits_per_byte"), ("xz -9", "xz_bits_per_byte"))
@@ -57,9 +77,16 @@ def draw_curves(history: list[dict[str, Any]], metrics: dict[str, float], folder
     figures = {}
     with matplotlib.rc_context(STYLE):
         if max(len(loss), len(held_out_loss)) > 1:
-            figures["loss"] = _loss_figure(loss, held_out_loss, _points(history, "tokens_seen"))
+            figures["loss"] = _loss_figure(loss, held_out_loss, loss_label)
+            for unit in ("tokens", "images"):
+                _add_scale(figures["loss"].axes[0], _points(history, f"{unit}_seen"), f"{unit} seen")
         if len(bits_per_byte) > 1:
             figures["bits_per_byte"] = _bits_per_byte_figure(bits_per_byte, compressors)
+        if accuracies:
+            others = {
+                run["name"]: run["metrics"]["eval_accuracy"] for run in comparisons if "eval_accuracy" in run["metrics"]
+            }
+            figures["accuracy"] = _accuracy_figure(accuracies, others if len(others) <= len(DASHES) else {})
         if len(learning_rate) > 1:
             figures["learning_rate"] = _learning_rate_figure(learning_rate)
         for name, figure in figures.items():
@@ -74,23 +101,45 @@ def _points(history: list[dict[str, Any]], key: str) -> list[Point]:
     return [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
 
 
-def _loss_figure(loss: list[Point], held_out_loss: list[Point], tokens_seen: list[Point]) -> Figure:
-    figure, axes = _figure(WIDE, title="Loss", y_label="cross-entropy (nats a token)")
+def _loss_figure(loss: list[Point], held_out_loss: list[Point], label: str) -> Figure:
+    figure, axes = _figure(WIDE, title="Loss", y_label=label)
     if loss:
         axes.plot(*zip(*loss, strict=True), color=TRAINING, label="training")
     if held_out_loss:
         axes.plot(*zip(*held_out_loss, strict=True), color=HELD_OUT, marker="o", markersize=4, label="held-out")
     axes.legend()
-    if tokens_seen and tokens_seen[-1][1]:
-        # Steps read nearly as many tokens each, so the second scale is the first one times a constant.
-        tokens_per_step = tokens_seen[-1][1] / tokens_seen[-1][0]
-        top = axes.secondary_xaxis(
-            "top", (lambda step: step * tokens_per_step, lambda tokens: tokens / tokens_per_step)
-        )
-        top.xaxis.set_major_formatter(EngFormatter())
-        top.spines["top"].set_visible(False)
-        top.set_xlabel("tokens seen", loc="right")
     return figure
+
+
+def _add_scale(axes: Axes, seen: list[Point], label: str) -> None:
+    if not seen or not seen[-1][1]:
+        return
+    # Steps read nearly as much each, so the second scale is the first one times a constant.
+    per_step = seen[-1][1] / seen[-1][0]
+    top = axes.secondary_xaxis("top", (lambda step: step * per_step, lambda number: number / per_step))
+    top.xaxis.set_major_formatter(EngFormatter())
+    top.spines["top"].set_visible(False)
+    top.set_xlabel(label, loc="right")
+
+
+def _accuracy_figure(accuracies: dict[str, list[Point]], others: dict[str, float]) -> Figure:
+    figure, axes = _figure(HALF, title="Accuracy, held-out", y_label="share of the images")
+    for (name, points), color, marker in zip(accuracies.items(), (HELD_OUT, TRAINING), "os", strict=False):
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, label=name)
+    for (name, value), dashes in zip(others.items(), DASHES, strict=False):
+        label = f"end of {shortened(name, 32)}".replace("$", r"\$")  # no formula
+        axes.axhline(value, color=REFERENCE, dashes=dashes, linewidth=1.2, label=label)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.4g}%")
+    figure.legend(loc="outside lower left", ncols=1 if others else 2, fontsize=8)
+    return figure
+
+
+def shortened(text: str, length: int) -> str:
+    """At most `length` characters of `text`, taken from both ends: names often differ only at one."""
+    if len(text) <= length:
+        return text
+    end = (length - 1) // 3
+    return f"{text[: length - 1 - end]}…{text[-end:]}"
 
 
 def _bits_per_byte_figure(bits_per_byte: list[Point], compressors: dict[str, float]) -> Figure:
