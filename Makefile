@@ -4,10 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow lint format clean
+.PHONY: quickstart quickstart-language quickstart-vision demo-vision test test-slow lint format clean
 
 quickstart: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m training.quickstart
+
+quickstart-language quickstart-vision: quickstart-%: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m training.quickstart $*
+
+# Three seeds of a longer pretraining, each beside training from scratch; about an hour.
+demo-vision: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.pretraining_gain
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -48,7 +48,7 @@ OPTIONAL_SECTIONS = {
     "comparisons": [],
     "confusion": {},
     "per_class": [],
-    "skipped_images": [],
+    "skipped_images": {"count": 0},
 }
 # Of each task: its pipeline on the Hub, its tags, and the figures that the Hub's index of models is told, each with
 # its type there and its name.
@@ -111,6 +111,7 @@ NOT_HYPERPARAMETERS = {
     "per_device_eval_batch_size",
     "probe",
     "probe_images",
+    "probed_images",
     "processes",
     "report_to",
     "run_name",

@@ -8,7 +8,6 @@ again goes on from the last checkpoint, or says that the run is finished. Fields
 and of transformers' `TrainingArguments`.
 """
 
-import json
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -21,10 +20,10 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, Trainer, set_seed
 
-from hf_models.convnextv2_fcmae import ConvNextV2FcmaeConfig
-from hf_models.stored_weights import read_config_fields, some
-from hub_cards.build_card import ASSETS, build_card
+from hf_models.stored_weights import some
+from hub_cards.build_card import ASSETS
 
+from .base_model import base_license, read_run
 from .classification_report import confusion_counts, per_class_table
 from .classifier_inputs import UNREADABLE, AugmentationArguments, ClassifierCollator, HeldOutImages, TrainingItem
 from .classifier_models import (
@@ -36,7 +35,7 @@ from .classifier_models import (
     image_format,
     open_classifier,
 )
-from .command_line import parse_arguments, plain_errors
+from .command_line import parse_arguments
 from .image_data import (
     ImageDataArguments,
     ImageDataset,
@@ -44,9 +43,9 @@ from .image_data import (
     describe_images,
     load_image_dataset,
 )
-from .image_draws import DrawnImages, EpochSampler, whole_batches
+from .image_draws import DrawnImages, EpochSampler, skipped_images, whole_batches
 from .layer_decay import LAYER_DECAY_TYPES, parameter_groups
-from .run_folder_trainer import NonFiniteError, RunFolderMixin
+from .run_folder_trainer import RunFolderMixin
 from .run_setup import (
     RunFolderArguments,
     check_training,
@@ -54,8 +53,10 @@ from .run_setup import (
     evaluate_the_end,
     examples_per_step,
     final_metrics,
+    finish_run,
     open_run,
     save_whole_model,
+    train_from_command_line,
     weights_fingerprint,
 )
 from .weight_averaging import AveragedWeightsMixin
@@ -64,8 +65,6 @@ TASK = "finetune_classifier"
 LEARNING_RATE_IMAGES = 256  # the batch that base_learning_rate is for
 TOP = 5
 BASE_PICTURE = f"{ASSETS}/base_reconstruction.png"
-# ConvNeXt V2's released weights, in every layout in which they are passed on.
-RELEASED_V2_LICENSE = "CC-BY-NC-4.0"
 
 
 @dataclass
@@ -228,7 +227,7 @@ def load_comparisons(folders: list[str], data: dict[str, Any]) -> list[dict[str,
     """What finished runs on the same held-out images came to; ValueError for a folder that is no such run."""
     comparisons = []
     for folder in folders:
-        run = _read_run(folder)
+        run = read_run(folder)
         if run is None or run["task"] != TASK or run["status"] != "finished":
             raise ValueError(f"--compare_with {folder} holds no finished run of training.{TASK}.")
         if run["data"].get("eval", {}).get("fingerprint") != data["eval"]["fingerprint"]:
@@ -240,7 +239,7 @@ def load_comparisons(folders: list[str], data: dict[str, Any]) -> list[dict[str,
                 "name": Path(folder).resolve().name,
                 "path": folder,
                 "model": run["arguments"].get("model", ClassifierArguments.model),
-                "from_scratch": run["arguments"].get("from_scratch", False),
+                "from_scratch": "model" not in run["data"],
                 "metrics": run["metrics"],
                 "wall_time_seconds": run["wall_time_seconds"],
             }
@@ -248,18 +247,14 @@ def load_comparisons(folders: list[str], data: dict[str, Any]) -> list[dict[str,
     return comparisons
 
 
-def _read_run(folder: str) -> dict[str, Any] | None:
-    path = Path(folder) / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
 def describe_base(arguments: FinetuneArguments, model: PreTrainedModel) -> dict[str, Any]:
     """Sections of `run.json` about the weights that the run began with: the run they come from, and their licence."""
     if arguments.model in SIZES or arguments.from_scratch:
         return {}
-    run = _read_run(arguments.model)
+    sections = {"base_license": base_license(arguments.model, model.config)}
+    run = read_run(arguments.model)
     if run is None:
-        return {"base_license": _license_of(model, Path(arguments.model))}
+        return sections
     base = {
         "path": arguments.model,
         "task": run["task"],
@@ -269,7 +264,7 @@ def describe_base(arguments: FinetuneArguments, model: PreTrainedModel) -> dict[
         "images_seen": run["metrics"].get("images_seen"),
         "picture": BASE_PICTURE if _picture_of(run, arguments.model) else None,
     }
-    return {"base_run": base, "base_license": run.get("base_license")}
+    return sections | {"base_run": base}
 
 
 def _picture_of(run: dict[str, Any], folder: str) -> Path | None:
@@ -282,22 +277,7 @@ def _picture_of(run: dict[str, Any], folder: str) -> Path | None:
 def copy_base_picture(arguments: FinetuneArguments, output_dir: str) -> None:
     picture = Path(output_dir) / BASE_PICTURE
     picture.parent.mkdir(exist_ok=True)
-    shutil.copyfile(_picture_of(_read_run(arguments.model), arguments.model), picture)
-
-
-def _license_of(model: PreTrainedModel, path: Path) -> str | None:
-    """The licence of ConvNeXt V2's released weights, for weights in a layout in which those come.
-
-    A file of that layout may be anybody's: the run says the stricter licence, for its owner to correct.
-    """
-    config = model.config
-    if config.model_type == ConvNextV2FcmaeConfig.model_type:
-        of_ours = path.is_dir() and read_config_fields(path / "config.json").get("model_type") == config.model_type
-        released = config.use_grn and not of_ours
-    else:
-        family = getattr(config, "architecture", config.model_type).split("_")[0]
-        released = family == "convnextv2"
-    return RELEASED_V2_LICENSE if released else None
+    shutil.copyfile(_picture_of(read_run(arguments.model), arguments.model), picture)
 
 
 def load_images(
@@ -407,8 +387,6 @@ def finish(trainer: FinetuneTrainer) -> None:
     if trainer.eval_dataset is not None and (trainer.outcomes or (None,))[0] != trainer.state.global_step:
         trainer.predict(trainer.eval_dataset)  # evaluated before this process was started: its outcomes again
     save_whole_model(trainer)
-    history, record = trainer.state.log_history, trainer.record
-    metrics = final_metrics(history, "images")
     sections = {}
     if trainer.outcomes is not None:
         _, labels, predicted = trainer.outcomes
@@ -418,22 +396,12 @@ def finish(trainer: FinetuneTrainer) -> None:
             "per_class": per_class_table(counts, names),
             "confusion": {"labels": names, "counts": counts.tolist()},
         }
-    skipped = trainer.train_dataset.images.skipped
-    record.finish(metrics, history=history, skipped_images=skipped[:20], **sections)
-    if trainer.is_world_process_zero():
-        build_card(trainer.args.output_dir)
-        print(f"{trainer.args.output_dir}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    metrics = final_metrics(trainer.state.log_history, "images")
+    finish_run(trainer, metrics, skipped_images=skipped_images(trainer.train_dataset), **sections)
 
 
 def main() -> None:
-    with plain_errors():
-        prepared = prepare()
-    if prepared is None:
-        return
-    trainer, checkpoint = prepared
-    with plain_errors(NonFiniteError, TooManyUnreadableError):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finish(trainer)
+    train_from_command_line(prepare, finish, TooManyUnreadableError)
 
 
 if __name__ == "__main__":

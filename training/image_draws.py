@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import Dataset, Sampler
 
 Item = dict[str, torch.Tensor]
@@ -68,6 +69,16 @@ class DrawnImages(Dataset):
 
     def __getitem__(self, number: int) -> Item:
         return _seeded(self.make_item, self.images[number % len(self.images)], self.seed, number)
+
+
+def skipped_images(*read: Any) -> dict[str, Any]:
+    """How many images could not be read, in all processes, and the names of the first twenty.
+
+    Of what is no `DrawnImages` (a stream, None) nothing is known; a stream warns of such images as it meets them.
+    """
+    names = [name for images in read if isinstance(images, DrawnImages) for name in images.images.skipped]
+    names = sorted(set(gather_object(names)))
+    return {"count": len(names), "names": names[:20]}
 
 
 def drawn_stream(

@@ -18,7 +18,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
@@ -36,9 +35,9 @@ from transformers.integrations import TensorBoardCallback
 from hf_models.convnextv2_fcmae import ConvNextV2FcmaeConfig, ConvNextV2FcmaeForPreTraining
 from hf_models.convnextv2_fcmae.checkpoints import load_checkpoint
 from hf_models.convnextv2_fcmae.sizes import SIZES
-from hub_cards.build_card import build_card
 
-from .command_line import parse_arguments, plain_errors
+from .base_model import base_license
+from .command_line import parse_arguments
 from .image_data import (
     ImageDataArguments,
     ImageDataset,
@@ -47,11 +46,11 @@ from .image_data import (
     describe_images,
     load_image_dataset,
 )
-from .image_draws import DrawnImages, EpochSampler, drawn_stream, whole_batches
+from .image_draws import DrawnImages, EpochSampler, drawn_stream, skipped_images, whole_batches
 from .image_preparation import build_image_processor, held_out_transform, training_transform
 from .image_probe import PROBES
 from .reconstruction_pictures import reconstruction_picture
-from .run_folder_trainer import NonFiniteError, RunFolderMixin
+from .run_folder_trainer import RunFolderMixin
 from .run_setup import (
     RunFolderArguments,
     check_config_overrides,
@@ -60,8 +59,10 @@ from .run_setup import (
     evaluate_the_end,
     examples_per_step,
     final_metrics,
+    finish_run,
     open_run,
     save_whole_model,
+    train_from_command_line,
     weights_fingerprint,
 )
 
@@ -434,6 +435,7 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
     def without_chance(rows: Dataset, make) -> DrawnImages:
         return DrawnImages(ImageDataset(rows, num_channels=config.num_channels), make, HELD_OUT_SEED)
 
+    probed = probe and [evenly_spaced(rows, arguments.probe_images) for rows in (train, held_out)]
     record.save(
         model={
             "parameters": model.num_parameters(),
@@ -447,7 +449,9 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
             "mask_ratio": config.mask_ratio,
             "crop_scale_min": arguments.crop_scale_min,
             "images_per_step": examples_per_step(training),
+            "probed_images": len(probed[1]) if probed else None,
         },
+        base_license=base_license(arguments.model, config) if arguments.model else None,
     )
     # The model before its first step is what the probe and the pictures are to be compared with.
     training.eval_on_start = held_out is not None and checkpoint is None
@@ -465,13 +469,7 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
         matmul_peak=peak,
         probe=probe
         and LabelProbe(
-            probe,
-            *(
-                without_chance(
-                    evenly_spaced(rows, arguments.probe_images), partial(make_labelled_item, transform=middle)
-                )
-                for rows in (train, held_out)
-            ),
+            probe, *(without_chance(rows, partial(make_labelled_item, transform=middle)) for rows in probed)
         ),
         pictured=held_out and spread_over_classes(held_out, PICTURED_IMAGES),
     )
@@ -482,34 +480,16 @@ def finish(trainer: PretrainTrainer) -> None:
     """Saves the model into the run folder and writes what came of the run: metrics and the card."""
     evaluate_the_end(trainer)
     save_whole_model(trainer)
-    history, record = trainer.state.log_history, trainer.record
+    history = trainer.state.log_history
     metrics = final_metrics(history, "images")
     if trainer.probe is not None:
         name = f"{trainer.probe.kind}_accuracy"
         metrics[f"{name}_at_start"] = next(entry[f"eval_{name}"] for entry in history if f"eval_{name}" in entry)
-    record.finish(metrics, history=history, skipped_images=skipped_images(trainer))
-    if trainer.is_world_process_zero():
-        build_card(trainer.args.output_dir)
-        print(f"{trainer.args.output_dir}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-
-
-def skipped_images(trainer: PretrainTrainer) -> dict[str, Any]:
-    """How many images could not be read, and the names of the first twenty; a stream only warns of them."""
-    read = [trainer.train_dataset, trainer.eval_dataset]
-    names = [name for images in read if isinstance(images, DrawnImages) for name in images.images.skipped]
-    names = sorted(set(gather_object(names)))
-    return {"count": len(names), "names": names[:20]}
+    finish_run(trainer, metrics, skipped_images=skipped_images(trainer.train_dataset, trainer.eval_dataset))
 
 
 def main() -> None:
-    with plain_errors():
-        prepared = prepare()
-    if prepared is None:
-        return
-    trainer, checkpoint = prepared
-    with plain_errors(NonFiniteError, TooManyUnreadableError):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finish(trainer)
+    train_from_command_line(prepare, finish, TooManyUnreadableError)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,10 @@ from transformers import (
 from hf_models.llama_style import LlamaStyleConfig, LlamaStyleForCausalLM
 from hf_models.llama_style.checkpoints import load_checkpoint
 from hf_models.llama_style.sizes import SIZES
-from hub_cards.build_card import build_card
 
-from .command_line import parse_arguments, plain_errors
+from .command_line import parse_arguments
 from .packing import PackedBlockCollator, document_start, pack_documents
-from .run_folder_trainer import NonFiniteError, RunFolderMixin
+from .run_folder_trainer import RunFolderMixin
 from .run_record import RunRecord
 from .run_setup import (
     RunFolderArguments,
@@ -45,8 +44,10 @@ from .run_setup import (
     evaluate_the_end,
     examples_per_step,
     final_metrics,
+    finish_run,
     open_run,
     save_whole_model,
+    train_from_command_line,
     weights_fingerprint,
 )
 from .text_data import TextDataArguments, describe_texts, load_text_dataset
@@ -363,25 +364,15 @@ def finish(trainer: PretrainTrainer) -> None:
     evaluate_the_end(trainer)
     trainer.model.config.use_cache = True  # Trainer switches it off, and the published model is there to generate
     save_whole_model(trainer)
-    history, record = trainer.state.log_history, trainer.record
-    metrics = final_metrics(history, "tokens") | record.content["yardsticks"]
-    prompt = record.content["arguments"].get("sample_prompts", PretrainArguments().sample_prompts)[0]
+    recorded = trainer.record.content
+    metrics = final_metrics(trainer.state.log_history, "tokens") | recorded["yardsticks"]
+    prompt = recorded["arguments"].get("sample_prompts", PretrainArguments().sample_prompts)[0]
     text = continue_text(trainer.model, trainer.processing_class, prompt, do_sample=False)
-    record.finish(metrics, history=history, example={"prompt": prompt, "text": text})
-    if trainer.is_world_process_zero():
-        build_card(trainer.args.output_dir)
-        print(f"{trainer.args.output_dir}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    finish_run(trainer, metrics, example={"prompt": prompt, "text": text})
 
 
 def main() -> None:
-    with plain_errors():
-        prepared = prepare()
-    if prepared is None:
-        return
-    trainer, checkpoint = prepared
-    with plain_errors(NonFiniteError):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finish(trainer)
+    train_from_command_line(prepare, finish)
 
 
 if __name__ == "__main__":

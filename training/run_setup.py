@@ -3,6 +3,7 @@
 import hashlib
 import json
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +15,11 @@ from transformers import TrainingArguments, get_scheduler
 
 from hub_cards.build_card import build_card
 
+from .command_line import plain_errors
 from .matmul_peak import choose_precision, matmul_peak
 from .run_folder_trainer import (
     CHECKPOINT_BYTES_PER_PARAMETER,
+    NonFiniteError,
     check_disk_space,
     last_good_checkpoint,
     prepare_to_resume,
@@ -198,3 +201,29 @@ def save_whole_model(trainer) -> None:
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
+
+
+def finish_run(trainer, metrics: dict[str, float], **sections: Any) -> None:
+    """Writes what came of the run into its record, and its card."""
+    trainer.record.finish(metrics, history=trainer.state.log_history, **sections)
+    if trainer.is_world_process_zero():
+        build_card(trainer.args.output_dir)
+        print(f"{trainer.args.output_dir}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+def train_from_command_line(prepare: Callable, finish: Callable, *errors: type[Exception]) -> None:
+    """A training script's `main`: mistakes of the user's, and in training a non-finite loss, are told in one line.
+
+    Args:
+        prepare: returns the trainer and the checkpoint to go on from, or None where nothing is left to do.
+        finish: what is done with the trainer after training.
+        errors: further errors in training that are about the data rather than the code.
+    """
+    with plain_errors():
+        prepared = prepare()
+    if prepared is None:
+        return
+    trainer, checkpoint = prepared
+    with plain_errors(NonFiniteError, *errors):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finish(trainer)

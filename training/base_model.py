@@ -1,0 +1,36 @@
+"""What is known of the model that a run begins with: the run that made it, and the licence of its weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hf_models.convnextv2_fcmae import ConvNextV2FcmaeConfig
+from hf_models.stored_weights import read_config_fields
+
+# ConvNeXt V2's released weights, in every layout in which they are passed on.
+RELEASED_V2_LICENSE = "CC-BY-NC-4.0"
+
+
+def read_run(folder: str) -> dict[str, Any] | None:
+    """The `run.json` of a run folder; None for anything else."""
+    path = Path(folder) / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def base_license(path: str, config: PreTrainedConfig) -> str | None:
+    """The licence that the weights at `path` carry: what their run says, or that of ConvNeXt V2's released weights.
+
+    A file in a layout in which those come may be anybody's: this says the stricter licence, for its owner to correct.
+    """
+    run = read_run(path)
+    if run is not None:
+        return run.get("base_license")
+    if config.model_type == ConvNextV2FcmaeConfig.model_type:
+        folder = Path(path)
+        of_ours = folder.is_dir() and read_config_fields(folder / "config.json").get("model_type") == config.model_type
+        released = config.use_grn and not of_ours
+    else:
+        released = getattr(config, "architecture", config.model_type).split("_")[0] == "convnextv2"
+    return RELEASED_V2_LICENSE if released else None
