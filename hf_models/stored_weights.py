@@ -5,9 +5,11 @@ name; transformers would fill what is missing with random numbers and go on.
 """
 
 import argparse
+import codecs
 import json
 import pickle
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +21,7 @@ from transformers.utils import logging
 # What names a config's own kind rather than the model that it describes.
 KIND_FIELDS = ("architectures", "auto_map", "model_type", "transformers_version")
 # What stands at the head of a download that went wrong, and what it then is.
-_NO_WEIGHTS = {b"<": "a web page", b"version https://git-lfs": "a Git LFS pointer"}
+_NO_WEIGHTS = {b"<": "a web page", b"{": "a JSON message", b"version https://git-lfs": "a Git LFS pointer"}
 
 logger = logging.get_logger(__name__)
 
@@ -95,10 +97,12 @@ def tensors_of_torch_file(file: Path) -> dict[str, Tensor]:
     """
     refuse_failed_download(file)
     with file.open("rb") as stream:
-        is_zip = stream.read(2) == b"PK"
+        start = stream.read(2)
     try:
+        if not start.startswith((b"PK", pickle.PROTO)):
+            raise ValueError("neither a zip archive nor a pickle")
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=start == b"PK")
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
             raise ValueError(
@@ -120,11 +124,13 @@ def tensors_of_torch_file(file: Path) -> dict[str, Tensor]:
 
 
 def refuse_failed_download(file: Path) -> None:
-    """Raises ValueError where `file` is a web page or a Git LFS pointer under the name of a weights file."""
+    """Raises ValueError where `file` is a web page, or such, under the name of a weights file."""
     with file.open("rb") as stream:
         head = stream.read(32)
+    if b"\0" in head:  # no text: a safetensors file may begin with any byte of its header's length
+        return
     for start, what in _NO_WEIGHTS.items():
-        if head.startswith(start):
+        if head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(start):
             raise ValueError(f"{file} is {what}, not weights: fetch the file itself.")
 
 
@@ -147,6 +153,21 @@ def check_parameters(
     ]
     if differing:
         raise ValueError(f"{path} differs from {model} in shape: {some(differing)}.")
+
+
+def common_dtype(path: Path, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The dtype that holds parameters of these `dtypes`, by name, all exactly.
+
+    Raises ValueError, naming the first ones, for integers and 8-bit floats: they mean little without their scales.
+    """
+    quantised = [
+        f"{name} ({dtype})" for name, dtype in dtypes.items() if not dtype.is_floating_point or dtype.itemsize < 2
+    ]
+    if quantised:
+        raise ValueError(
+            f"{path} holds quantised weights, {some(quantised)}; open the model in full precision and save that first."
+        )
+    return reduce(torch.promote_types, dtypes.values())
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

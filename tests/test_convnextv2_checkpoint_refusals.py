@@ -4,9 +4,11 @@ import pickle
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from convnextv2_states import SMALL, V1, official_state, ours, target
 from folder_edits import rewrite_config, rewrite_weights
+from peft import LoraConfig, get_peft_model
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -15,7 +17,7 @@ from transformers import (
     ConvNextV2Model,
 )
 
-from hf_models.convnextv2_fcmae.checkpoints import load_checkpoint, save_checkpoint
+from hf_models.convnextv2_fcmae.checkpoints import LAYOUTS, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -140,6 +142,14 @@ def test_a_timm_model_that_is_none_of_ours(timm_folder, arguments, message):
         load_checkpoint(timm_folder)
 
 
+def test_timm_weights_that_timm_computes_otherwise(tmp_path):
+    """With a stem of 2 timm's first stage halves the resolution, and only the shapes of a bare file say so."""
+    reference = timm.create_model("convnextv2_atto", depths=SMALL["depths"], dims=SMALL["hidden_sizes"], patch_size=2)
+    torch.save(reference.state_dict(), tmp_path / "timm.pth")
+    with pytest.raises(ValueError, match="is no ConvNeXt: patch_size is 2, and timm's"):
+        load_checkpoint(tmp_path / "timm.pth")
+
+
 def test_another_timm_architecture(timm_folder):
     rewrite_config(timm_folder, architecture="resnet18")
     with pytest.raises(ValueError, match="architecture is 'resnet18'; known are convnext_atto"):
@@ -181,8 +191,12 @@ def test_nothing_there(tmp_path):
     [
         (b"", "is cut short"),
         (b"<!DOCTYPE html><html>", "is a web page, not weights"),
+        (b"\n  <html>", "is a web page, not weights"),
+        (b'{"error": "Invalid credentials"}', "is a JSON message, not weights"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer, not weights"),
         (b"hello, world", "is cut short"),
+        (b"Entry not found", "is cut short"),
+        (b"Access to this model is restricted.", "is cut short"),
     ],
 )
 def test_a_download_that_went_wrong(tmp_path, suffix, content, message):
@@ -220,10 +234,34 @@ def test_a_file_of_something_else(tmp_path, content):
         load_checkpoint(tmp_path / "odd.pt")
 
 
-def test_integer_weights(tmp_path):
-    torch.save({n: t.to(torch.int8) for n, t in official_state(ours()).items()}, tmp_path / "int8.pt")
-    with pytest.raises(ValueError, match=r"holds torch\.int8 weights"):
-        load_checkpoint(tmp_path / "int8.pt")
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights(official, dtype):
+    """Some among others would be promoted with them, and their scales be forgotten."""
+
+    def change(state):
+        state["head.weight"] = state["head.weight"].to(dtype)
+
+    with pytest.raises(ValueError, match=rf"holds quantised weights, head\.weight \({dtype}\); open"):
+        load_checkpoint(official(change))
+
+
+def test_a_quantised_folder(tmp_path):
+    ours().save_pretrained(tmp_path)
+    rewrite_config(tmp_path, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.raises(ValueError, match="holds quantised weights"):
+        load_checkpoint(tmp_path)
+
+
+def test_any_length_of_a_header(tmp_path):
+    """Writers other than safetensors' own do not pad it: its first byte may be that of a web page, or of JSON."""
+    save_checkpoint(ours(), tmp_path, "timm")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    for first in (ord("<"), ord("{")):
+        spaces = (first - length) % 256
+        header = (length + spaces).to_bytes(8, "little") + content[8 : 8 + length] + b" " * spaces
+        (tmp_path / "other.safetensors").write_bytes(header + content[8 + length :])
+        load_checkpoint(tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -257,3 +295,12 @@ def test_saving_an_official_file_under_the_name_of_a_folder(tmp_path):
 def test_saving_a_foreign_model(tmp_path):
     with pytest.raises(ValueError, match="this is a ConvNextV2Model"):
         save_checkpoint(ConvNextV2Model(ConvNextV2Config(**SMALL)), tmp_path, "timm")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_saving_a_model_with_an_adapter(tmp_path, layout):
+    adapted = get_peft_model(ours("pretraining"), LoraConfig(target_modules=["pwconv1"], r=2)).base_model.model
+    with pytest.raises(ValueError, match=r"pwconv1\.base_layer\.bias, .*: merge adapters first\.$"):
+        save_checkpoint(adapted, target(tmp_path, layout), layout)
+    assert not target(tmp_path, layout).exists()
+    save_checkpoint(ours("pretraining"), target(tmp_path, layout), layout)

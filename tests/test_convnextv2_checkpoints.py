@@ -103,7 +103,7 @@ def test_names_and_shapes_of_every_size_are_timms_and_the_official_ones(tmp_path
         model = ConvNextV2FcmaeForImageClassification(config)
     family, size = ("convnext", name.removeprefix("v1_")) if name.startswith("v1_") else ("convnextv2", name)
     reference = timm.create_model(f"{family}_{size}", device="meta").state_dict()
-    conv_mlp = write_timm_config(tmp_path, config, config.hidden_sizes[-1], "classifier")
+    conv_mlp = write_timm_config(tmp_path, config, "classifier")
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["architecture"] == f"{family}_{size}"
     assert written["model_args"] == {}
@@ -350,6 +350,15 @@ class TestOfficial:
         again = load_checkpoint(tmp_path / "model.pt")
         (tmp_path / "model.pt").write_bytes(b"")
         assert_same_tensors(again.state_dict(), model.state_dict())
+
+    def test_mixed_dtypes_lose_nothing(self, tmp_path):
+        """A head in half precision, and bfloat16 beside float16: float32 holds all of it."""
+        state = official_state(ours())
+        for name, tensor in state.items():
+            state[name] = tensor.to(torch.bfloat16 if name.startswith("head.") else torch.float16)
+        torch.save(state, tmp_path / "mixed.pt")
+        found = load_checkpoint(tmp_path / "mixed.pt")
+        assert_same_tensors(official_state(found), {name: tensor.float() for name, tensor in state.items()})
 
     def test_averaged_weights_are_mentioned(self, tmp_path, caplog):
         state = official_state(ours())

@@ -326,18 +326,30 @@ class TestTraining:
         gradient.square().sum().backward()
         assert images.grad.isfinite().all()
 
+    def test_second_derivatives_are_refused_in_training_mode(self):
+        """Rather than computed without what passes through the gradients that are written out."""
+        model, images = ours().train(), pixels(height=32, width=32).requires_grad_()
+        for frozen in ((), ("dwconv",), ("grn",)):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(not any(part in name for part in frozen))
+            with pytest.raises(RuntimeError, match=r"call model\.eval\(\) for them"):
+                torch.autograd.grad(model(images).logits.square().sum(), images, create_graph=True)
+
     def test_a_batch_of_functions_without_gradients(self):
         model, images = ours(), pixels(height=32, width=32)
         with torch.no_grad():
             by_image = torch.func.vmap(lambda image: model(image[None]).logits[0])(images)
             assert_close(by_image, model(images).logits)
 
-    def test_init(self):
-        config = ConvNextV2FcmaeConfig(hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 1, 1])
+    @pytest.mark.parametrize("fields", [{}, V1], ids=["V2", "V1"])
+    def test_init(self, fields):
+        config = ConvNextV2FcmaeConfig(hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 1, 1], **fields)
         model = ConvNextV2FcmaeForImageClassification(config)
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or ".grn." in name:
                 assert not parameter.any(), name
+            elif name.endswith("layer_scale_parameter"):
+                assert (parameter == 1e-6).all(), name
             elif "norm" in name:
                 assert (parameter == 1).all(), name
             elif parameter.numel() > 1000:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from convnextv2_states import OURS, ours
+from folder_edits import rewrite_config
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -197,6 +198,15 @@ def test_what_a_pretraining_folder_does_not_hold(tmp_path, fields):
             assert not model.classifier.bias.any()
             assert 0 < model.classifier.weight.std() < 0.03
         assert model(torch.randn(2, 3, 64, 64))[0].isfinite().all()
+
+
+def test_an_older_list_of_auto_classes_is_renewed(tmp_path):
+    """`save_pretrained` of other code may have written one entry; our code beside the weights answers for all."""
+    ours().save_pretrained(tmp_path)
+    rewrite_config(tmp_path, auto_map={"AutoModel": "elsewhere.Model"})
+    AutoModelForImageClassification.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["auto_map"].keys() == {"AutoConfig", *AUTO_CLASSES}
 
 
 def test_another_number_of_labels(tmp_path):

@@ -7,7 +7,6 @@ does not have; it then starts as new, and a warning says so.
 """
 
 from collections.abc import Iterable
-from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from ..stored_weights import (
     KIND_FIELDS,
     StoredParameter,
     check_parameters,
+    common_dtype,
     parameters_of_file,
     parameters_of_folder,
     read_config_fields,
@@ -130,10 +130,7 @@ def load_checkpoint(path: str | Path, layout: str = "auto") -> ConvNextV2FcmaePr
         new = {"layernorm.weight": torch.ones, "layernorm.bias": torch.zeros}
     _check(path, source, model, names, headers, new)
 
-    # Where the file mixes dtypes, the one that holds them all exactly.
-    dtype = reduce(torch.promote_types, {header.dtype for header in headers.values()})
-    if not dtype.is_floating_point:
-        raise ValueError(f"{path} holds {dtype} weights; open the model in full precision and save that first.")
+    dtype = common_dtype(path, {names[ours]: header.dtype for ours, header in headers.items()})
     weights = _read(source)
     state = {}
     for whole, parameter in model.state_dict().items():
@@ -172,11 +169,17 @@ def save_checkpoint(model: ConvNextV2FcmaePreTrainedModel, path: str | Path, lay
         raise ValueError(f"Only a ConvNeXt of ours can be saved, and this is a {name}.")
     if layout not in LAYOUTS:
         raise ValueError(f"No layout {layout!r}: choose one of {', '.join(LAYOUTS)}.")
+    config, task = model.config, _TASK_OF_ARCHITECTURE[name]
+    with torch.device("meta"):
+        described = _CLASSES[task](config).state_dict()
+    if differing := sorted(described.keys() ^ model.state_dict().keys()):
+        raise ValueError(
+            f"The model and its config differ in what parameters there are, {some(differing)}: merge adapters first."
+        )
     if layout == "hf_models":
         model.save_pretrained(path)
         return
 
-    config, task = model.config, _TASK_OF_ARCHITECTURE[name]
     if config.use_grn and config.layer_scale_init_value > 0 and layout != "timm":
         raise ValueError(
             f"The model has both GRN and LayerScale, which the layout {layout!r} has not: save it as timm or hf_models."
@@ -227,7 +230,7 @@ def _save_as_native(config: ConvNextV2FcmaeConfig, task: str, state: dict[str, T
 
 def _save_as_timm(config: ConvNextV2FcmaeConfig, state: dict[str, Tensor], path: Path) -> None:
     head = "classifier" if "classifier.weight" in state else "norm" if "layernorm.weight" in state else None
-    conv_mlp = write_timm_config(path, config, config.hidden_sizes[-1], head)
+    conv_mlp = write_timm_config(path, config, head)
     _write_safetensors(
         path,
         {their_name(name, "timm"): to_their_form(name, tensor, "timm", conv_mlp) for name, tensor in state.items()},
@@ -260,6 +263,8 @@ def _write_safetensors(path: Path, state: dict[str, Tensor]) -> None:
 def _open(path: Path) -> _Source:
     if path.is_dir():
         config = read_config_fields(path / "config.json")
+        if config.get("quantization_config") is not None:
+            raise ValueError(f"{path} holds quantised weights; open the model in full precision and save that first.")
         found = "timm" if "architecture" in config else LAYOUT_OF_MODEL_TYPE.get(config.get("model_type"))
         if found is None:
             known = ", ".join(LAYOUT_OF_MODEL_TYPE)

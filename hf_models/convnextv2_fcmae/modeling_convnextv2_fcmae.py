@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin
@@ -29,7 +28,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_convnextv2_fcmae import ConvNextV2FcmaeConfig
-from .visible_cells_convnextv2_fcmae import VisibleCells, depthwise, halve, pointwise
+from .visible_cells_convnextv2_fcmae import VisibleCells, depthwise, halve, pointwise, refuse_second_derivative
 
 NORM_EPS = 1e-6  # of every norm but the final one, and of GRN's division
 
@@ -70,8 +69,8 @@ class _GRN(torch.autograd.Function):
         return torch.addcmul(bias.to(cells.dtype), cells, scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
+        refuse_second_derivative()
         cells, weight, norm, scale = ctx.saved_tensors
         mean = norm.mean(dim=-1, keepdim=True) + NORM_EPS
         if cells.dtype == torch.float16:  # a large activation times the gradient of a scaled-up loss overflows

@@ -85,7 +85,7 @@ def read_timm_config(path: Path) -> dict:
     return ours
 
 
-def write_timm_config(path: Path, config: ConvNextV2FcmaeConfig, num_features: int, head: str | None) -> bool:
+def write_timm_config(path: Path, config: ConvNextV2FcmaeConfig, head: str | None) -> bool:
     """Makes the folder `path` with timm's `config.json`, and returns whether its MLPs are 1×1 convolutions.
 
     Args:
@@ -111,7 +111,7 @@ def write_timm_config(path: Path, config: ConvNextV2FcmaeConfig, num_features: i
     fields = {
         "architecture": name,
         "num_classes": classes,
-        "num_features": num_features,
+        "num_features": config.hidden_sizes[-1],
         "global_pool": "avg",
         "model_args": arguments,
         "pretrained_cfg": {

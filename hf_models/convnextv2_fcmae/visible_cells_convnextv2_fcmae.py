@@ -5,14 +5,13 @@ channels)`: no ragged shapes and no sparse library. All layers of ConvNeXt work 
 depthwise convolution, which looks across patches: for it they are laid onto a canvas of zeros and picked up again.
 
 PyTorch's weight gradient of a depthwise convolution is the slowest part of a ConvNeXt step on a CPU. `depthwise` takes
-it as one grouped convolution whose kernel is the output's gradient, and keeps the cells only, not the canvas.
+it as one grouped convolution whose kernel is the output's gradient.
 
 This file is published beside the weights (remote code): it imports torch only.
 """
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 
 class VisibleCells:
@@ -127,6 +126,17 @@ def _is_plain(convolution: nn.Conv2d) -> bool:
     return type(convolution) is nn.Conv2d and type(convolution.weight) is nn.Parameter and not hooked
 
 
+def refuse_second_derivative() -> None:
+    """For the backward of a function whose gradient is written out, and is not differentiable itself.
+
+    `once_differentiable` would not do: `torch.autograd.grad` of chosen tensors passes by the error that it leaves.
+    """
+    if torch.is_grad_enabled():  # in a backward pass only with `create_graph`
+        raise RuntimeError(
+            "Derivatives of gradients are not written out for training mode: call model.eval() for them."
+        )
+
+
 class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_states, weight, bias, visible):
@@ -137,8 +147,8 @@ class _Depthwise(torch.autograd.Function):
         return canvas if visible is None else visible.gather(canvas)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
+        refuse_second_derivative()
         canvas, weight = ctx.saved_tensors
         visible = ctx.visible
         needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
@@ -176,4 +186,4 @@ def _weight_gradient(canvas: torch.Tensor, gradient: torch.Tensor, weight: torch
     return by_image.sum(0, dtype=torch.promote_types(weight.dtype, torch.float32)).to(weight.dtype)
 
 
-__all__ = ["VisibleCells", "depthwise", "halve", "pointwise"]
+__all__ = ["VisibleCells", "depthwise", "halve", "pointwise", "refuse_second_derivative"]

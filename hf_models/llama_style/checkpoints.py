@@ -5,7 +5,6 @@ config. What is checked here, before any weight is read, is that the file holds 
 describes; transformers would fill what is missing with random numbers and go on.
 """
 
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -13,7 +12,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..stored_weights import KIND_FIELDS, StoredParameter, check_parameters, parameters_of_folder, read_config_fields
+from ..stored_weights import (
+    KIND_FIELDS,
+    StoredParameter,
+    check_parameters,
+    common_dtype,
+    parameters_of_folder,
+    read_config_fields,
+)
 from .configuration_llama_style import LlamaStyleConfig
 from .modeling_llama_style import LlamaStyleForCausalLM
 
@@ -35,8 +41,7 @@ def load_checkpoint(path: str | Path, layout: str = "auto") -> LlamaStyleForCaus
     config = _read_config(path, layout)
     stored = parameters_of_folder(path)
     _check_parameters(path, config, stored)
-    # Where the files mix dtypes, the one that holds them all exactly.
-    dtype = reduce(torch.promote_types, {entry.dtype for entry in stored.values()})
+    dtype = common_dtype(path, {name: entry.dtype for name, entry in stored.items()})
     return LlamaStyleForCausalLM.from_pretrained(path, config=config, dtype=dtype)
 
 
