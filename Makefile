@@ -12,7 +12,7 @@ quickstart: $(INSTALLED)
 quickstart-language quickstart-vision: quickstart-%: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m training.quickstart $*
 
-# Three seeds of a longer pretraining, each beside training from scratch; about an hour.
+# Three seeds of a longer pretraining, each beside training from scratch; about half an hour.
 demo-vision: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.pretraining_gain
 

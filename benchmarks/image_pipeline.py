@@ -122,7 +122,7 @@ def loader_rate(task: Task, workers: int, batches: int, use: Callable[[Batch], o
     loader = DataLoader(
         task.images,
         task.batch_size,
-        sampler=EpochSampler(task.images, seed=0, epoch=lambda: 0),
+        sampler=EpochSampler(task.images, batch=1, seed=0, epoch=lambda: 0),
         collate_fn=task.collate,
         num_workers=workers,
         drop_last=True,

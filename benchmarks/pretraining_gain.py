@@ -24,7 +24,7 @@ FOLDER = Path("runs/demo_vision")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of pretraining and fine-tuning")
-    parser.add_argument("--pretraining_epochs", type=int, default=360, help="passes over the images")
+    parser.add_argument("--pretraining_epochs", type=int, default=150, help="passes over the images")
     arguments = parser.parse_args()
     results = [run_seed(seed, arguments.pretraining_epochs) for seed in arguments.seeds]
     rows = [

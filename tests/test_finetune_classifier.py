@@ -132,6 +132,9 @@ def test_the_run_learns_and_records_what_it_did(finished):
     train = [value for _, name, value in losses(finished) if name == "loss"]
     assert train[-1] < train[0]
     assert record["status"] == "finished"
+    # Also what was not asked for, because it is the default.
+    assert record["training"]["random_erasing"] == 0.25
+    assert "| `auto_augment` | rand-m9-mstd0.5-inc1 |" in (finished / "README.md").read_text()
     assert metrics["images_seen"] == 24 * 8
     assert 0 <= metrics["eval_accuracy"] <= metrics["eval_top5_accuracy"] <= 1
     labels, counts = record["confusion"]["labels"], np.array(record["confusion"]["counts"])
@@ -489,6 +492,7 @@ def test_an_unreadable_held_out_image_does_not_count(monkeypatch, tmp_path):
     write_images(tmp_path, "test", [0, 1] * 60, ["a", "b"], broken=7)
     record = run_here(monkeypatch, tmp_path, tmp_path / "run", **SHORT)
     assert [row["images"] for row in record["per_class"]] == [60, 59]
+    assert record["skipped_images"] == {"count": 1, "names": ["row 7"]}
     assert "eval_top5_accuracy" not in record["metrics"]
 
 
@@ -520,7 +524,8 @@ def test_the_rate_follows_the_batch_unless_it_is_given(images, monkeypatch, tmp_
     trainer, _ = finetune_classifier.prepare()
     assert trainer.args.learning_rate == pytest.approx(0.008 * 16 / 256)
     assert trainer.args.warmup_steps == 3  # 0.4 of 7 steps, of 112 images
-    assert len(trainer.train_dataset) == 112
+    assert len(trainer.train_dataset) == 120
+    assert len(trainer._get_train_sampler()) == 112
 
 
 @pytest.mark.parametrize(
@@ -537,6 +542,11 @@ def test_the_rate_follows_the_batch_unless_it_is_given(images, monkeypatch, tmp_
         ({"from_scratch": True, "freeze_backbone": True}, "would keep the random weights"),
         ({"warmup_steps": 2, "warmup_epochs": 1.0}, "both say how long the warm-up is"),
         ({"crop_scale": 0.5}, "give two shares"),
+        ({"image_size": [32, 64]}, "'64' on the command line belongs to no field"),
+        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps is 0: give 1 or more"),
+        ({"max_steps": None, "num_train_epochs": 0}, "--num_train_epochs is 0.0: give more than 0"),
+        ({"warmup_epochs": -1}, "--warmup_epochs is -1.0"),
+        ({"config_overrides": json.dumps(TINY | {"num_channels": 2})}, "images are read as grey (1) or colour (3)"),
         ({"eval_dataset_split": "validation"}, "not 'validation'"),
         ({"auto_augment": "rend-m9"}, "--auto_augment 'rend-m9' is not known to timm"),
     ],

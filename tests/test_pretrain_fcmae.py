@@ -123,6 +123,20 @@ def test_the_held_out_loss_is_the_mean_over_images_each_on_its_own(finished):
     assert record["metrics"]["eval_loss"] == pytest.approx(sum(by_image) / 21, rel=1e-5)
 
 
+def test_the_probe_learns_from_the_training_images_alone(finished):
+    """Of the saved model, with every image on its own: nothing of the held-out labels is known to the neighbours."""
+    record = json.loads((finished / "run.json").read_text())
+    model = ConvNextV2FcmaeForPreTraining.from_pretrained(finished).eval()
+    transform = held_out_transform([32, 32], build_image_processor(model.config))
+    known = {}
+    for split in ("train", "test"):
+        images = ImageDataset(load_image_dataset(record["data"]["train"]["dataset"], split), transform)
+        with torch.no_grad():
+            states = [model.convnextv2(image["pixel_values"][None]).last_hidden_state.mean((2, 3)) for image in images]
+        known[split] = torch.cat(states), torch.tensor([image["labels"] for image in images])
+    assert record["metrics"]["eval_knn_accuracy"] == pytest.approx(knn_accuracy(*known["train"], *known["test"]))
+
+
 EVERY_CLASS = """
 import sys
 sys.modules["hf_models"] = None
@@ -190,11 +204,19 @@ def test_a_stream_resumed_gives_the_same_losses_to_the_bit(pretrain_here, tmp_pa
     options = {"streaming": True, "max_steps": 20, "save_steps": 15, "eval_steps": 10, "lr_scheduler_type": "constant"}
     folder = pretrain_here(**options)
     whole = losses(folder)
+    assert json.loads((folder / "run.json").read_text())["skipped_images"]["count"] is None  # nobody counted
     (folder / "checkpoint-20").rename(tmp_path / "set_aside")
     content = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(content | {"status": "running"}))
     pretrain_here(**options)
     assert losses(folder) == whole
+
+
+def test_a_stream_is_read_by_workers_however_they_are_started(pretrain_here, monkeypatch):
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    options = {"streaming": True, "max_steps": 2, "eval_strategy": "no", "dataloader_num_workers": 1}
+    folder = pretrain_here(**options, dataloader_multiprocessing_context="spawn")
+    assert json.loads((folder / "run.json").read_text())["metrics"]["images_seen"] == 16
 
 
 def test_a_classifier_is_pretrained_further_from_its_own_encoder(pretrain_here, tmp_path):
@@ -327,13 +349,24 @@ class _CropAndNoise:
 
 def test_the_sampler_shuffles_each_epoch_anew_and_says_which_it_is():
     state = SimpleNamespace(epoch=0)
-    sampler = EpochSampler(range(50), seed=0, epoch=lambda: state.epoch)
+    sampler = EpochSampler(range(50), batch=5, seed=0, epoch=lambda: state.epoch)
     first = list(sampler)
     assert list(sampler) == first
     state.epoch = 3
     fourth = list(sampler)
     assert sorted(fourth) == list(range(150, 200))
     assert [number % 50 for number in fourth] != first
+
+
+def test_each_epoch_leaves_out_other_images_than_the_one_before():
+    state = SimpleNamespace(epoch=0)
+    sampler = EpochSampler(range(50), batch=32, seed=0, epoch=lambda: state.epoch)
+    seen = set()
+    for state.epoch in range(20):
+        drawn = [number % 50 for number in sampler]
+        assert len(drawn) == len(set(drawn)) == len(sampler) == 32
+        seen |= set(drawn)
+    assert seen == set(range(50))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hf_models.convnextv2_fcmae import ConvNextV2FcmaeConfig
+from hf_models.convnextv2_fcmae.sizes import SIZES
 from hf_models.stored_weights import read_config_fields
 
 # ConvNeXt V2's released weights, in every layout in which they are passed on.
@@ -22,15 +23,23 @@ def read_run(folder: str) -> dict[str, Any] | None:
 def base_license(path: str, config: PreTrainedConfig) -> str | None:
     """The licence that the weights at `path` carry: what their run says, or that of ConvNeXt V2's released weights.
 
-    A file in a layout in which those come may be anybody's: this says the stricter licence, for its owner to correct.
+    A file in a layout in which those come may be anybody's, and so may be a folder of ours without a run that has a
+    released shape, for `hf_models.convert` leaves no trace of where weights come from: this says the stricter licence,
+    for its owner to correct.
     """
-    run = read_run(path)
+    # A checkpoint belongs to the run in whose folder it lies.
+    run = read_run(path) or (read_run(str(Path(path).parent)) if Path(path).name.startswith("checkpoint-") else None)
     if run is not None:
         return run.get("base_license")
     if config.model_type == ConvNextV2FcmaeConfig.model_type:
         folder = Path(path)
         of_ours = folder.is_dir() and read_config_fields(folder / "config.json").get("model_type") == config.model_type
-        released = config.use_grn and not of_ours
+        released = config.use_grn and (not of_ours or _has_released_shape(config))
     else:
         released = getattr(config, "architecture", config.model_type).split("_")[0] == "convnextv2"
     return RELEASED_V2_LICENSE if released else None
+
+
+def _has_released_shape(config: PreTrainedConfig) -> bool:
+    shape = list(config.depths), list(config.hidden_sizes)
+    return any(shape == (size.config["depths"], size.config["hidden_sizes"]) for size in SIZES.values())

@@ -112,6 +112,7 @@ class HeldOutImages(Dataset):
 
     def __init__(self, rows: datasets.Dataset, processor: BaseImageProcessor, images: ImageFormat):
         self.rows, self.processor, self.images = rows, processor, images
+        self.skipped: list[str] = []
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -129,12 +130,12 @@ class HeldOutImages(Dataset):
         return {"pixel_values": pixels, "labels": torch.tensor(row["label"])}
 
     def check_unreadable(self, indices: np.ndarray) -> None:
-        """Raises TooManyUnreadableError where `indices` are more than one in a hundred."""
+        """Notes the names of `indices` as skipped; TooManyUnreadableError where they are more than one in a hundred."""
+        self.skipped = [image_name(self.rows[int(index)]["image"], int(index)) for index in indices]
         if len(indices) > UNREADABLE_SHARE * len(self):
-            names = [image_name(self.rows[int(index)]["image"], int(index)) for index in indices[:5]]
             raise TooManyUnreadableError(
-                f"{len(indices)} of {len(self)} held-out images cannot be read ({', '.join(names)}), more than one in "
-                "a hundred: mend or remove them."
+                f"{len(indices)} of {len(self)} held-out images cannot be read ({', '.join(self.skipped[:5])}), more "
+                "than one in a hundred: mend or remove them."
             )
 
 

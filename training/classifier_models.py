@@ -346,6 +346,10 @@ def forward_flops(model: PreTrainedModel, images: ImageFormat, name: str) -> int
 
     Raises ValueError where the model does not take such images or gives no logits for them.
     """
+    if images.channels not in (1, 3):
+        raise ValueError(
+            f"--model {name!r} takes {images.channels} channels: images are read as grey (1) or colour (3)."
+        )
     model.eval()
     pixels = torch.zeros(1, images.channels, *images.size)
     try:

@@ -42,6 +42,10 @@ def parse_arguments(*dataclass_types: type, description: str = "") -> tuple[Any,
     known = [field.name for dataclass_type in dataclass_types for field in fields(dataclass_type) if field.init]
     # The parser returns a recipe's unknown entries as --key value --key value.
     for place, unknown in ((recipe[0], unknown_in_recipe[::2]), ("the command line", unknown_words)):
+        if unknown and place == "the command line" and not unknown[0].startswith("-"):
+            raise ValueError(
+                f"{unknown[0]!r} on the command line belongs to no field: the one before it takes fewer values."
+            )
         if unknown:
             name = unknown[0].removeprefix("--").split("=")[0]
             similar = difflib.get_close_matches(name, known, n=1)

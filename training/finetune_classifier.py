@@ -10,7 +10,7 @@ and of transformers' `TrainingArguments`.
 
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from .image_data import (
     describe_images,
     load_image_dataset,
 )
-from .image_draws import DrawnImages, EpochSampler, skipped_images, whole_batches
+from .image_draws import DrawnImages, EpochSampler, check_batch, skipped_images
 from .layer_decay import LAYER_DECAY_TYPES, parameter_groups
 from .run_folder_trainer import RunFolderMixin
 from .run_setup import (
@@ -134,6 +134,8 @@ class OptimizationArguments(RunFolderArguments):
             raise ValueError(
                 f"--label_smoothing_factor is {self.label_smoothing_factor}: give 0 or more, and less than 1."
             )
+        if self.warmup_epochs < 0:
+            raise ValueError(f"--warmup_epochs is {self.warmup_epochs}: give 0 or more.")
         if self.warmup_epochs and self.warmup_steps:
             raise ValueError("--warmup_epochs and --warmup_steps both say how long the warm-up is: give one.")
 
@@ -150,8 +152,9 @@ class FinetuneTrainer(AveragedWeightsMixin, RunFolderMixin, Trainer):
         self.outcomes: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def _get_train_sampler(self, train_dataset=None):
-        steps = len(self.train_dataset) // examples_per_step(self.args)
-        return EpochSampler(self.train_dataset, self.args.seed, lambda: self.state.global_step // steps)
+        batch = examples_per_step(self.args)
+        steps = len(self.train_dataset) // batch
+        return EpochSampler(self.train_dataset, batch, self.args.seed, lambda: self.state.global_step // steps)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -338,9 +341,9 @@ def prepare() -> tuple[FinetuneTrainer, str | None] | None:
             parameter.requires_grad_(True)
     # Built for nothing: that a model's layers are not known would otherwise be told only when training begins.
     parameter_groups(model, 1.0, 0.0, training.layer_decay, training.layer_decay_type)
-    train_images = whole_batches(train_images, examples_per_step(training), training.seed)
+    check_batch(train_images, examples_per_step(training))
     if training.warmup_epochs:
-        training.warmup_steps = round(training.warmup_epochs * len(train_images) / examples_per_step(training))
+        training.warmup_steps = round(training.warmup_epochs * (len(train_images) // examples_per_step(training)))
     if arguments.model not in SIZES and not arguments.from_scratch:
         data["model"] = {"path": arguments.model, "fingerprint": weights_fingerprint(model)}
 
@@ -372,7 +375,12 @@ def prepare() -> tuple[FinetuneTrainer, str | None] | None:
         image=images._asdict(),
         training=describe_training(training, peak)
         | {name: getattr(training, name) for name in ("layer_decay", "layer_decay_type", "ema_decay")}
-        | {"images_per_step": examples_per_step(training), "label_smoothing": training.label_smoothing_factor},
+        | {augmentation.name: getattr(arguments, augmentation.name) for augmentation in fields(AugmentationArguments)}
+        | {
+            "auto_augment": arguments.auto_augment or "none",
+            "images_per_step": examples_per_step(training),
+            "label_smoothing": training.label_smoothing_factor,
+        },
         comparisons=comparisons,
         **base,
     )
@@ -397,7 +405,8 @@ def finish(trainer: FinetuneTrainer) -> None:
             "confusion": {"labels": names, "counts": counts.tolist()},
         }
     metrics = final_metrics(trainer.state.log_history, "images")
-    finish_run(trainer, metrics, skipped_images=skipped_images(trainer.train_dataset), **sections)
+    skipped = skipped_images(trainer.train_dataset, trainer.eval_dataset)
+    finish_run(trainer, metrics, skipped_images=skipped, **sections)
 
 
 def main() -> None:

@@ -33,6 +33,9 @@ JUDGED_IMAGES = 1000
 # Of each image that a table holds, its first and last so many bytes are part of the fingerprint.
 FINGERPRINT_BYTES = 1024
 DEFAULT_LABELS = "label"
+SLICED_SEED = 0
+# Larger integers are no numbers of classes but, say, identifiers: a head of so many outputs is no one's wish.
+MOST_CLASSES = 1_000_000
 
 
 @dataclass
@@ -88,7 +91,8 @@ def load_image_dataset(
     A folder of images has as many classes as it has folders with images, all at one depth and beneath `train` and
     `test` if there are such; a `metadata.csv` or `metadata.jsonl` may give columns instead. Strings become classes in
     alphabetical order, integers from 0 are classes of that number. A label that is null or -1 is missing. `split` may
-    be a slice, such as "train[:95%]", unless streaming.
+    be a slice, such as "train[:95%]", unless streaming: of the rows in an order drawn once for all, because images
+    mostly lie in the order of their classes, and the end would hold the last class alone.
 
     Args:
         label_column: None leaves the labels out; the default may be absent unless `require_labels`.
@@ -103,10 +107,13 @@ def load_image_dataset(
     local = local_path(dataset, "image", SUFFIXES)
     if streaming:
         refuse_sliced_stream(split)
-    if local is None:
-        rows = load_from_hub(dataset, split, config, streaming, "image")
-    else:
-        rows = _load_local(local, split, config, streaming)
+
+    def load(split: str) -> datasets.Dataset | datasets.IterableDataset:
+        if local is None:
+            return load_from_hub(dataset, split, config, streaming, "image")
+        return _load_local(local, split, config, streaming)
+
+    rows = _sliced(load, split) if "[" in split else load(split)
     name = f"{dataset} ({split})"
     first = _first_row(rows, name)
     columns = list(first)
@@ -134,6 +141,20 @@ def load_image_dataset(
     if streaming:
         return _check_streamed_labels(rows, name, first[label_column], require_labels, class_names)
     return _as_classes(rows, name, require_labels, class_names)
+
+
+def _sliced(load: Callable[[str], datasets.Dataset], split: str) -> datasets.Dataset:
+    """The slices of whole splits that were shuffled, each in the same way every time."""
+    whole = {
+        name: load(name).shuffle(seed=SLICED_SEED) for name in {part.split("[")[0].strip() for part in split.split("+")}
+    }
+    try:
+        slices = datasets.ReadInstruction.from_spec(split).to_absolute(
+            {name: len(rows) for name, rows in whole.items()}
+        )
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"The split {split!r} cannot be read: {error} Give slices such as train[:95%].") from error
+    return datasets.concatenate_datasets([whole[part.splitname].select(range(part.from_, part.to)) for part in slices])
 
 
 def _load_local(
@@ -229,6 +250,11 @@ def _as_classes(rows: datasets.Dataset, name: str, required: bool, class_names: 
     if is_class:
         own_names = feature.names
     elif is_integer:
+        if max(labels) >= MOST_CLASSES and class_names is None:
+            raise ValueError(
+                f"Row {labels.index(max(labels))} of {name} has the label {max(labels)}, and integers are numbers of "
+                "classes from 0: give those, or strings."
+            )
         own_names = class_names or [str(label) for label in range(max(labels) + 1)]
     else:
         own_names = sorted(set(labels))

@@ -8,6 +8,7 @@ epoch even in a worker that was started in an earlier one.
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sized
+from functools import partial
 from typing import Any
 
 import datasets
@@ -18,38 +19,37 @@ from torch.utils.data import Dataset, Sampler
 Item = dict[str, torch.Tensor]
 
 
-def whole_batches(rows: datasets.Dataset, batch: int, seed: int) -> datasets.Dataset:
-    """As many of the rows, drawn at random, as fill batches of `batch`; ValueError where they do not fill one.
-
-    However a batch is made up of processes and accumulation, an uneven end would repeat images or be a smaller step.
-    """
-    if len(rows) < batch:
-        raise ValueError(f"There are {len(rows)} images and a batch takes {batch}: give more, or a smaller batch.")
-    # At random, because images often lie in the order of their classes: the last would lose the most.
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_mixed(seed, "left out")))
-    return rows.select(order[len(rows) % batch :].sort().values.tolist())
+def check_batch(images: Sized, batch: int) -> None:
+    """Raises ValueError where the images do not fill one batch."""
+    if len(images) < batch:
+        raise ValueError(f"There are {len(images)} images and a batch takes {batch}: give more, or a smaller batch.")
 
 
 class EpochSampler(Sampler[int]):
-    """The numbers of an epoch's draws, in a new random order each epoch.
+    """The numbers of an epoch's draws, in a new random order each epoch, as many as fill batches of `batch`.
+
+    However a batch is made up of processes and accumulation, an uneven end would repeat images or be a smaller step:
+    each epoch leaves out other images instead.
 
     Args:
         images: how many there are; a dataset, say.
+        batch: images of an optimizer step, over all processes.
         seed: of the order.
         epoch: returns the current epoch when an iteration begins. (What accelerate tells its samplers does not reach
             them in a resumed epoch on several processes.)
     """
 
-    def __init__(self, images: Sized, seed: int, epoch: Callable[[], int]):
-        self.images, self.seed, self.epoch = images, seed, epoch
+    def __init__(self, images: Sized, batch: int, seed: int, epoch: Callable[[], int]):
+        self.images, self.batch, self.seed, self.epoch = images, batch, seed, epoch
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images) // self.batch * self.batch
 
     def __iter__(self) -> Iterator[int]:
         epoch = self.epoch()
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(_mixed(self.seed, "order", epoch)))
-        yield from (epoch * len(self) + order).tolist()
+        generator = torch.Generator().manual_seed(_mixed(self.seed, "order", epoch))
+        order = torch.randperm(len(self.images), generator=generator)[: len(self)]
+        yield from (epoch * len(self.images) + order).tolist()
 
 
 class DrawnImages(Dataset):
@@ -67,6 +67,10 @@ class DrawnImages(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def skipped(self) -> list[str]:
+        return self.images.skipped
+
     def __getitem__(self, number: int) -> Item:
         return _seeded(self.make_item, self.images[number % len(self.images)], self.seed, number)
 
@@ -74,11 +78,12 @@ class DrawnImages(Dataset):
 def skipped_images(*read: Any) -> dict[str, Any]:
     """How many images could not be read, in all processes, and the names of the first twenty.
 
-    Of what is no `DrawnImages` (a stream, None) nothing is known; a stream warns of such images as it meets them.
+    A stream keeps no account of such images, it warns of each: `count` is None with one. Data that are None count as
+    read without fault.
     """
-    names = [name for images in read if isinstance(images, DrawnImages) for name in images.images.skipped]
-    names = sorted(set(gather_object(names)))
-    return {"count": len(names), "names": names[:20]}
+    names = sorted(set(gather_object([name for images in read for name in getattr(images, "skipped", ())])))
+    known = all(images is None or hasattr(images, "skipped") for images in read)
+    return {"count": len(names) if known else None, "names": names[:20]}
 
 
 def drawn_stream(
@@ -89,10 +94,13 @@ def drawn_stream(
     The place alone would not do: processes and workers count theirs each from zero.
     """
 
-    def draw(row: dict[str, Any], place: int) -> Item:
-        return _seeded(make_item, row, seed, place, zlib.crc32(row["image"].tobytes()))
-
+    # No function within this one: workers that are spawned, as on macOS, have to unpickle it.
+    draw = partial(_drawn_by_place, make_item=make_item, seed=seed)
     return images.map(draw, with_indices=True, remove_columns=columns)
+
+
+def _drawn_by_place(row: dict[str, Any], place: int, make_item: Callable[[dict[str, Any]], Item], seed: int) -> Item:
+    return _seeded(make_item, row, seed, place, zlib.crc32(row["image"].tobytes()))
 
 
 def _seeded(make_item: Callable[[dict[str, Any]], Item], row: dict[str, Any], *numbers: int) -> Item:

@@ -7,7 +7,7 @@ Reads images; writes a model folder with its image processor, pictures of recons
 the data has labels, a cheap probe of the frozen features is part of each evaluation. The same command again goes on
 from the last checkpoint, or says that the run is finished. Fields are those of `PretrainArguments` below and of
 transformers' `TrainingArguments`; with `--dataloader_num_workers N`, N processes read and crop images beside the model,
-and the result is the same whatever N is.
+and the result is the same whatever N is, but for a stream: its files are dealt out to them.
 """
 
 from collections import Counter
@@ -46,7 +46,7 @@ from .image_data import (
     describe_images,
     load_image_dataset,
 )
-from .image_draws import DrawnImages, EpochSampler, drawn_stream, skipped_images, whole_batches
+from .image_draws import DrawnImages, EpochSampler, check_batch, drawn_stream, skipped_images
 from .image_preparation import build_image_processor, held_out_transform, training_transform
 from .image_probe import PROBES
 from .reconstruction_pictures import reconstruction_picture
@@ -183,8 +183,9 @@ class PretrainTrainer(RunFolderMixin, Trainer):
         train_dataset = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(train_dataset, DrawnImages):
             return None
-        steps = len(train_dataset) // examples_per_step(self.args)
-        return EpochSampler(train_dataset, self.args.seed, lambda: self.state.global_step // steps)
+        batch = examples_per_step(self.args)
+        steps = len(train_dataset) // batch
+        return EpochSampler(train_dataset, batch, self.args.seed, lambda: self.state.global_step // steps)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         kernels = {module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)}
@@ -378,7 +379,7 @@ def training_images(
     config: ConvNextV2FcmaeConfig,
     training: OptimizationArguments,
 ) -> DrawnImages | IterableDataset:
-    """Images in whole batches, drawn anew in each epoch, or an endless shuffled stream."""
+    """Images drawn anew in each epoch, or an endless shuffled stream."""
     make = partial(make_item, transform=transform, patches=number_of_patches(config))
     if isinstance(rows, IterableDataset):
         # Each process reads for itself, its own shards where there are enough; by default the first reads for all.
@@ -420,7 +421,7 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
     train, held_out, data = load_images(arguments, evaluates=training.eval_strategy != "no")
     probe = check_probe(arguments, train, held_out)
     if isinstance(train, Dataset):
-        train = whole_batches(train, examples_per_step(training), training.seed)
+        check_batch(train, examples_per_step(training))
     if arguments.model is not None:
         data["model"] = {"path": arguments.model, "fingerprint": weights_fingerprint(model)}
 

@@ -152,7 +152,14 @@ def _lines(path: str) -> list[str]:
 def _read(output_dir: Path) -> dict[str, Any] | None:
     path = output_dir / FILE_NAME
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is not readable as JSON ({error}): restore it, or choose another --output_dir."
+            ) from error
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"{output_dir} is a file: choose another --output_dir.")
     others = sorted(entry.name for entry in output_dir.iterdir()) if output_dir.is_dir() else []
     others = [name for name in others if name != FILE_NAME + ".partial"]
     if others:

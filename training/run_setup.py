@@ -76,6 +76,11 @@ def check_training(training: RunFolderArguments, module: str) -> None:
             f"One process sees {training.n_gpu} GPUs: start one for each with `accelerate launch -m {module}`, or hide "
             "the others with CUDA_VISIBLE_DEVICES=0."
         )
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, name) < 1:
+            raise ValueError(f"--{name} is {getattr(training, name)}: give 1 or more.")
+    if training.max_steps <= 0 and training.num_train_epochs <= 0:
+        raise ValueError(f"--num_train_epochs is {training.num_train_epochs}: give more than 0, or --max_steps.")
     if training.prediction_loss_only:
         raise ValueError("--prediction_loss_only leaves nothing to compute the held-out figures from: leave it off.")
     if training.bf16 or training.fp16:
@@ -146,6 +151,8 @@ def examples_per_step(training: RunFolderArguments) -> int:
 def describe_training(training: RunFolderArguments, peak: float) -> dict[str, Any]:
     """What the run came down to once every default was filled in."""
     description = {"precision": "bf16" if training.bf16 else "fp32", "matmul_peak_gflops": round(peak / 1e9, 1)}
+    if training.max_steps <= 0:  # they prevail
+        description["num_train_epochs"] = training.num_train_epochs
     return description | {name: getattr(training, name) for name in DESCRIBED}
 
 
