@@ -3,7 +3,7 @@
     python -m benchmarks.image_pipeline [--photos FOLDER] [--rounds 3] [--workers 0 1 2]
 
 The data path is the training scripts' own: their reading, augmentation, sampler and collator, in the DataLoader that
-Trainer makes of them. Its images are the 64-pixel emoji (PNG), and photos (JPEG, 500 x 375 pixels, cropped to 224):
+Trainer makes of them. Its images are the 64-pixel emoji (WebP), and photos (JPEG, 500 x 375 pixels, cropped to 224):
 those of `--photos`, or synthetic ones, which are coloured noise with a photo's spectrum and about its bytes. There are
 three rates: the data path's alone; the model's alone (forward, backward and AdamW on a batch that is there already);
 and that of training from the data path, where on a CPU the workers take their share of its cores. Where the last is
