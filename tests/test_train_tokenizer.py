@@ -108,7 +108,7 @@ def test_max_bytes_bounds_what_is_read(run, tmp_path):
     [
         ("vocab_sise: 300", [], "Unknown field 'vocab_sise' in RECIPE: did you mean 'vocab_size'?"),
         ("", ["--vocab", "300"], "Unknown field 'vocab' in the command line: did you mean 'vocab_size'?"),
-        ("", ["stray"], "Unknown field 'stray' in the command line"),
+        ("", ["stray"], "'stray' on the command line belongs to no field: remove it, or name its field"),
         ("- a list", [], "must contain a YAML mapping"),
         ("dataset: [", [], "RECIPE is not valid YAML"),
         ("dataset: nowhere.txt", [], "no file or folder 'nowhere.txt'"),

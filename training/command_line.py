@@ -44,7 +44,7 @@ def parse_arguments(*dataclass_types: type, description: str = "") -> tuple[Any,
     for place, unknown in ((recipe[0], unknown_in_recipe[::2]), ("the command line", unknown_words)):
         if unknown and place == "the command line" and not unknown[0].startswith("-"):
             raise ValueError(
-                f"{unknown[0]!r} on the command line belongs to no field: the one before it takes fewer values."
+                f"{unknown[0]!r} on the command line belongs to no field: remove it, or name its field (--FIELD VALUE)."
             )
         if unknown:
             name = unknown[0].removeprefix("--").split("=")[0]
