@@ -61,16 +61,13 @@ def make_batch(config: ConvNextV2FcmaeConfig, batch_size: int, image_size: int, 
     generator = torch.Generator().manual_seed(1)
     pixel_values = torch.randn(batch_size, config.num_channels, image_size, image_size, generator=generator)
     side = image_size // config.mask_patch_size
+    number_kept = config.number_kept(side * side, ratio)
     order = torch.rand(batch_size, side * side, generator=generator).argsort(dim=1)
-    mask = torch.ones(batch_size, side * side).scatter_(1, order[:, : number_kept(side * side, ratio)], 0)
+    mask = torch.ones(batch_size, side * side).scatter_(1, order[:, :number_kept], 0)
     kept = 1 - mask.view(batch_size, side, side, 1)
     projection = torch.randn(batch_size, side, side, config.hidden_sizes[-1], generator=generator) * kept
-    visible = VisibleCells(mask.bool(), (side, side), number_kept(side * side, ratio))
+    visible = VisibleCells(mask.bool(), (side, side), number_kept)
     return Batch(pixel_values, mask, kept, visible.gather(projection), projection)
-
-
-def number_kept(patches: int, ratio: float) -> int:
-    return int(patches * (1 - ratio) + 1e-6)  # as the model counts them
 
 
 def build_model(path: str, setting: Setting) -> nn.Module:

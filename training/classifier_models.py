@@ -32,7 +32,7 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 from hf_models.convnextv2_fcmae import ConvNextV2FcmaeConfig, ConvNextV2FcmaeForImageClassification
 from hf_models.convnextv2_fcmae.checkpoints import load_checkpoint
 from hf_models.convnextv2_fcmae.sizes import SIZES
-from hf_models.convnextv2_fcmae.timm_folder import ARCHITECTURES
+from hf_models.convnextv2_fcmae.timm_folder import ARCHITECTURES, PREPROCESSING
 from hf_models.stored_weights import read_config_fields
 
 from .image_preparation import build_image_processor
@@ -40,7 +40,6 @@ from .run_setup import check_config_overrides
 
 CONVNEXTS = ("convnextv2_fcmae", "convnextv2", "convnext")
 TIMM = "timm/"
-PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 HEAD_STD = 0.02  # of a truncated normal distribution, as ConvNeXt's layers begin
 
 

@@ -43,11 +43,11 @@ from .image_data import (
     describe_images,
     load_image_dataset,
 )
-from .image_draws import DrawnImages, EpochSampler, check_batch, skipped_images
+from .image_draws import DrawnImages, DrawnImagesMixin, check_batch, skipped_images
 from .layer_decay import LAYER_DECAY_TYPES, parameter_groups
 from .run_folder_trainer import RunFolderMixin
 from .run_setup import (
-    RunFolderArguments,
+    ScaledRateArguments,
     check_training,
     describe_training,
     evaluate_the_end,
@@ -62,7 +62,6 @@ from .run_setup import (
 from .weight_averaging import AveragedWeightsMixin
 
 TASK = "finetune_classifier"
-LEARNING_RATE_IMAGES = 256  # the batch that base_learning_rate is for
 TOP = 5
 BASE_PICTURE = f"{ASSETS}/base_reconstruction.png"
 
@@ -87,15 +86,12 @@ class FinetuneArguments(ClassifierArguments, AugmentationArguments, ImageDataArg
 
 
 @dataclass
-class OptimizationArguments(RunFolderArguments):
+class OptimizationArguments(ScaledRateArguments):
     """The defaults of ConvNeXt V2's fine-tuning (arXiv 2301.00808, appendix), where all sizes agree."""
 
     output_dir: str = field(default=f"runs/{TASK}", metadata={"help": "The run folder."})
     base_learning_rate: float = field(
         default=8e-4, metadata={"help": "Peak learning rate for each 256 images of an optimizer step."}
-    )
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate itself; by default it follows from --base_learning_rate."}
     )
     lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Or warmup_stable_decay, ..."})
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
@@ -118,10 +114,7 @@ class OptimizationArguments(RunFolderArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps or epoch."})
 
     def __post_init__(self):
-        given, self.learning_rate = self.learning_rate, self.learning_rate or 0.0
         super().__post_init__()
-        if given is None:
-            self.learning_rate = self.base_learning_rate * examples_per_step(self) / LEARNING_RATE_IMAGES
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.lr_scheduler_kwargs is None:
             self.lr_scheduler_kwargs = {"min_lr": min(1e-6, self.learning_rate)}
         if not 0 < self.layer_decay <= 1:
@@ -140,7 +133,7 @@ class OptimizationArguments(RunFolderArguments):
             raise ValueError("--warmup_epochs and --warmup_steps both say how long the warm-up is: give one.")
 
 
-class FinetuneTrainer(AveragedWeightsMixin, RunFolderMixin, Trainer):
+class FinetuneTrainer(AveragedWeightsMixin, DrawnImagesMixin, RunFolderMixin, Trainer):
     """Trains on probabilities of classes, by layer-wise rates, and counts every held-out image once."""
 
     def __init__(self, *args, frozen: bool, **kwargs):
@@ -150,11 +143,6 @@ class FinetuneTrainer(AveragedWeightsMixin, RunFolderMixin, Trainer):
         self.frozen = frozen
         self.model_accepts_loss_kwargs = False  # our loss is a batch's mean, whatever the model's own would be
         self.outcomes: tuple[int, np.ndarray, np.ndarray] | None = None
-
-    def _get_train_sampler(self, train_dataset=None):
-        batch = examples_per_step(self.args)
-        steps = len(self.train_dataset) // batch
-        return EpochSampler(self.train_dataset, batch, self.args.seed, lambda: self.state.global_step // steps)
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -173,9 +161,6 @@ class FinetuneTrainer(AveragedWeightsMixin, RunFolderMixin, Trainer):
         logits = model(pixel_values=inputs["pixel_values"]).logits
         loss = nn.functional.cross_entropy(logits.float(), inputs["labels"])
         return (loss, {"logits": logits}) if return_outputs else loss
-
-    def units_in_step(self, inputs, num_items_in_batch):
-        return examples_per_step(self.args)
 
     def describe_batch(self, inputs):
         classes = inputs["labels"].argmax(1).tolist()[:8]

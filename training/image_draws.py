@@ -16,6 +16,8 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import Dataset, Sampler
 
+from .run_setup import examples_per_step
+
 Item = dict[str, torch.Tensor]
 
 
@@ -50,6 +52,21 @@ class EpochSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(_mixed(self.seed, "order", epoch))
         order = torch.randperm(len(self.images), generator=generator)[: len(self)]
         yield from (epoch * len(self.images) + order).tolist()
+
+
+class DrawnImagesMixin:
+    """Put before a trainer class whose training data is `DrawnImages`, or a `drawn_stream`, which needs no sampler."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        images = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(images, DrawnImages):
+            return None
+        batch = examples_per_step(self.args)
+        steps = len(images) // batch
+        return EpochSampler(images, batch, self.args.seed, lambda: self.state.global_step // steps)
+
+    def units_in_step(self, inputs, num_items_in_batch):
+        return examples_per_step(self.args)
 
 
 class DrawnImages(Dataset):

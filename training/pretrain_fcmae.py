@@ -46,13 +46,13 @@ from .image_data import (
     describe_images,
     load_image_dataset,
 )
-from .image_draws import DrawnImages, EpochSampler, check_batch, drawn_stream, skipped_images
+from .image_draws import DrawnImages, DrawnImagesMixin, check_batch, drawn_stream, skipped_images
 from .image_preparation import build_image_processor, held_out_transform, training_transform
 from .image_probe import PROBES
 from .reconstruction_pictures import reconstruction_picture
 from .run_folder_trainer import RunFolderMixin
 from .run_setup import (
-    RunFolderArguments,
+    ScaledRateArguments,
     check_config_overrides,
     check_training,
     describe_training,
@@ -131,16 +131,10 @@ class PretrainArguments(ImageDataArguments):
 
 
 @dataclass
-class OptimizationArguments(RunFolderArguments):
+class OptimizationArguments(ScaledRateArguments):
     """The defaults of FCMAE (arXiv 2301.00808, appendix A)."""
 
     output_dir: str = field(default="runs/pretrain_fcmae", metadata={"help": "The run folder."})
-    base_learning_rate: float = field(
-        default=1.5e-4, metadata={"help": "Peak learning rate for each 256 images of an optimizer step."}
-    )
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate itself; by default it follows from --base_learning_rate."}
-    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Or warmup_stable_decay, ..."})
     warmup_steps: float = field(
         default=0.05, metadata={"help": "Steps of warm-up, or below 1 their share of all: 0.05 is 40 of 800 epochs."}
@@ -148,12 +142,6 @@ class OptimizationArguments(RunFolderArguments):
     weight_decay: float = field(default=0.05, metadata={"help": "Decay of kernels; all else has none."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradients are clipped to this norm; 0: not clipped."})
-
-    def __post_init__(self):
-        given, self.learning_rate = self.learning_rate, self.learning_rate or 0.0
-        super().__post_init__()
-        if given is None:
-            self.learning_rate = self.base_learning_rate * examples_per_step(self) / 256
 
 
 @dataclass
@@ -165,7 +153,7 @@ class LabelProbe:
     held_out: DrawnImages
 
 
-class PretrainTrainer(RunFolderMixin, Trainer):
+class PretrainTrainer(DrawnImagesMixin, RunFolderMixin, Trainer):
     """Draws images by number, decays kernels only, and evaluates by image, with a probe and a picture.
 
     Args:
@@ -179,20 +167,9 @@ class PretrainTrainer(RunFolderMixin, Trainer):
         )
         self.probe, self.pictured = probe, pictured
 
-    def _get_train_sampler(self, train_dataset=None):
-        train_dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(train_dataset, DrawnImages):
-            return None
-        batch = examples_per_step(self.args)
-        steps = len(train_dataset) // batch
-        return EpochSampler(train_dataset, batch, self.args.seed, lambda: self.state.global_step // steps)
-
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         kernels = {module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)}
         return [name for name, parameter in model.named_parameters() if parameter in kernels]
-
-    def units_in_step(self, inputs, num_items_in_batch):
-        return examples_per_step(self.args)
 
     def describe_batch(self, inputs):
         pixels = inputs["pixel_values"]
@@ -315,7 +292,7 @@ def check_arguments(
                 f"patches of {side} pixels: take {nearest} for {length}."
             )
     patches = number_of_patches(config)
-    kept = int(patches * (1 - config.mask_ratio) + 1e-6)  # as the model counts them
+    kept = config.number_kept(patches)
     if not 0 < kept < patches:
         raise ValueError(
             f"--mask_ratio {config.mask_ratio} keeps {kept} of the {patches} patches that an image has: give a share "

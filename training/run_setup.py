@@ -61,6 +61,27 @@ class RunFolderArguments(TrainingArguments):
         self.dataloader_pin_memory = torch.cuda.is_available()
 
 
+@dataclass
+class ScaledRateArguments(RunFolderArguments):
+    """The learning rate in proportion to the batch, as vision's recipes give it (arXiv 1706.02677).
+
+    A class that derives from this gives `base_learning_rate` its default.
+    """
+
+    base_learning_rate: float = field(
+        default=1.5e-4, metadata={"help": "Peak learning rate for each 256 images of an optimizer step."}
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate itself; by default it follows from --base_learning_rate."}
+    )
+
+    def __post_init__(self):
+        given, self.learning_rate = self.learning_rate, self.learning_rate or 0.0
+        super().__post_init__()
+        if given is None:
+            self.learning_rate = self.base_learning_rate * examples_per_step(self) / 256
+
+
 class OpenedRun(NamedTuple):
     """`peak` is the matrix multiply's, in floating-point operations a second, all processes together."""
 

@@ -81,6 +81,11 @@ class ConvNextV2FcmaeConfig(BackboneConfigMixin, PreTrainedConfig):
         """Side of the squares that are masked, in pixels: one cell of the last stage."""
         return self.patch_size * 2 ** (len(self.depths) - 1)
 
+    def number_kept(self, patches: int, mask_ratio: float | None = None) -> int:
+        """How many of an image's `patches` stay visible, at `mask_ratio` or the config's own."""
+        ratio = self.mask_ratio if mask_ratio is None else mask_ratio
+        return int(patches * (1 - ratio) + 1e-6)  # 10 * (1 - 0.9) is a little less than 1
+
     def validate_architecture(self):
         if not self.depths or len(self.depths) != len(self.hidden_sizes):
             raise ValueError(

@@ -526,7 +526,7 @@ class ConvNextV2FcmaeForPreTraining(ConvNextV2FcmaePreTrainedModel):
             return mask.to(pixel_values.device, torch.float32).view(batch_size, *grid), number_kept
 
         ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
-        kept = int(patches * (1 - ratio) + 1e-6)  # 10 * (1 - 0.9) is a little less than 1
+        kept = self.config.number_kept(patches, ratio)
         if not 0 < kept < patches:
             raise ValueError(
                 f"mask_ratio {ratio} keeps {kept} of the {patches} patches of {height} x {width} pixels: choose a "

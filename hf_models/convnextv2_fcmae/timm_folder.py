@@ -37,7 +37,7 @@ _ONLY = {
 _OF_NO_EFFECT = ("conv_mlp", "drop_rate", "head_init_scale", "num_classes", "pretrained_strict")
 
 _RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}  # PIL's numbers
-_PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+PREPROCESSING = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 
 def read_timm_config(path: Path) -> dict:
@@ -153,7 +153,7 @@ def carry_preprocessing(source: Path, destination: Path) -> str | None:
     target = read_config_fields(destination / "config.json")
     if "architecture" in theirs:
         pretrained = theirs.get("pretrained_cfg", theirs)
-        found = {field: pretrained[field] for field in _PREPROCESSING if field in pretrained}
+        found = {field: pretrained[field] for field in PREPROCESSING if field in pretrained}
     elif file.is_file():
         found = read_config_fields(file) if "architecture" not in target else _processor_as_timm(file)
     else:
