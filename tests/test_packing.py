@@ -95,3 +95,21 @@ def test_a_stream_is_packed_like_a_table(texts, tokenizer):
     table = pack_documents(texts, tokenizer, BLOCK)
     stream = pack_documents(texts.to_iterable_dataset(), tokenizer, BLOCK)
     assert [row["input_ids"] for row in stream] == table["input_ids"][:]
+
+
+def test_flattened_blocks_are_the_same_tokens_in_one_row_that_transformers_takes_for_packed():
+    from transformers.modeling_flash_attention_utils import _is_packed_sequence
+
+    rows = [{"input_ids": [1, 2, 3], "seq_lengths": [2, 1]}, {"input_ids": [4, 5, 6, 7], "seq_lengths": [4]}]
+    batch = PackedBlockCollator(4, 0)(rows)
+    flat = PackedBlockCollator(4, 0, flatten=True)(rows)
+    for name, tensor in batch.items():
+        assert torch.equal(flat[name][0], tensor.flatten())
+    assert _is_packed_sequence(flat["position_ids"], batch_size=1)
+    assert not _is_packed_sequence(batch["position_ids"], batch_size=2)  # why flattening is needed
+
+
+def test_labels_that_rows_bring_are_kept_but_at_the_first_token_of_a_piece():
+    rows = [{"input_ids": [1, 2, 3, 4], "labels": [1, -100, 3, 4], "seq_lengths": [2, 2]}]
+    batch = PackedBlockCollator(5, 0)(rows)
+    assert batch["labels"].tolist() == [[-100, -100, -100, 4, -100]]

@@ -21,7 +21,7 @@ def pack_documents(
 ) -> Dataset | IterableDataset:
     """Rows `text` to rows `input_ids` (at most `block_size` tokens) with `seq_lengths`, the pieces' lengths in them."""
     pieces = dataset.map(
-        _tokenize,
+        document_pieces,
         batched=True,
         remove_columns=["text"],
         fn_kwargs={"tokenizer": tokenizer, "block_size": block_size},
@@ -35,7 +35,8 @@ def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, block_size: int) -> dict[str, list]:
+def document_pieces(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, block_size: int) -> dict[str, list]:
+    """Texts (`text`) to pieces of documents (`input_ids`), as the module's head describes them."""
     # Text that spells a special token is text: a web page must not be able to end a document.
     encoded = tokenizer(
         batch["text"],
@@ -61,10 +62,16 @@ class PackedBlockCollator:
     """Batches packed rows: `input_ids`, `position_ids`, `labels`, each `(batch, block_size)`.
 
     A piece's first token has no context, so it is no label; neither is the padding, which counts as one more piece.
+    Where the rows bring `labels` of their own, those are taken instead of the tokens.
+
+    Args:
+        flatten: one row of `batch * block_size` tokens. transformers' flash attention looks for packed pieces in
+            batches of one row only, and would let those of several rows attend to each other.
     """
 
     block_size: int
     pad_token_id: int
+    flatten: bool = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         shape = (len(rows), self.block_size)
@@ -73,10 +80,12 @@ class PackedBlockCollator:
         position_ids = torch.empty(shape, dtype=torch.long)
         for i, row in enumerate(rows):
             filled = len(row["input_ids"])
-            input_ids[i, :filled] = labels[i, :filled] = torch.as_tensor(row["input_ids"])
+            input_ids[i, :filled] = torch.as_tensor(row["input_ids"])
+            labels[i, :filled] = torch.as_tensor(row.get("labels", row["input_ids"]))
             start = 0
             for length in [*row["seq_lengths"], self.block_size - filled]:
                 position_ids[i, start : start + length] = torch.arange(length)
                 start += length
         labels[position_ids == 0] = -100
-        return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        return {name: tensor.view(1, -1) for name, tensor in batch.items()} if self.flatten else batch

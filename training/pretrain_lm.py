@@ -20,19 +20,14 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 
 from hf_models.llama_style import LlamaStyleConfig, LlamaStyleForCausalLM
 from hf_models.llama_style.checkpoints import load_checkpoint
 from hf_models.llama_style.sizes import SIZES
 
 from .command_line import parse_arguments
+from .language_models import end_of_turn_ids, flops_per_token, load_tokenizer
 from .packing import PackedBlockCollator, document_start, pack_documents
 from .run_folder_trainer import RunFolderMixin
 from .run_record import RunRecord
@@ -187,16 +182,6 @@ def continue_text(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: 
     return tokenizer.decode(ids[0], skip_special_tokens=True)
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"The tokenizer {name!r} cannot be opened: give a folder (`python -m training.train_tokenizer` makes one) "
-            f"or a Hub id. {error}"
-        ) from error
-
-
 def build_model(arguments: PretrainArguments, tokenizer: PreTrainedTokenizerBase) -> LlamaStyleForCausalLM:
     """A new model of the asked size and the tokenizer's vocabulary, or the one in the folder `arguments.model`."""
     if arguments.model is not None:
@@ -284,14 +269,6 @@ def compressed_bits_per_byte(texts: Dataset) -> dict[str, float]:
     return {f"{name}_bits_per_byte": round(8 * len(packed) / len(joined), 4) for name, packed in compressed.items()}
 
 
-def flops_per_token(model: nn.Module) -> float:
-    """Six for each weight that a token is multiplied with (arXiv 2001.08361, section 2.1); attention is not counted."""
-    weights = model.num_parameters()
-    if not model.config.tie_word_embeddings:
-        weights -= model.get_input_embeddings().weight.numel()
-    return 6.0 * weights
-
-
 def describe_blocks(arguments: PretrainArguments, training: OptimizationArguments, train) -> dict[str, Any]:
     description = {
         "block_size": arguments.block_size,
@@ -346,7 +323,9 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=PackedBlockCollator(
-            arguments.block_size, tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+            arguments.block_size,
+            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            flatten="flash" in arguments.attn_implementation,
         ),
         processing_class=tokenizer,
         callbacks=[SampleCallback(record, tokenizer, arguments.sample_prompts)],
@@ -363,6 +342,8 @@ def finish(trainer: PretrainTrainer) -> None:
     """Saves the model into the run folder and writes what came of the run: metrics, an example, the card."""
     evaluate_the_end(trainer)
     trainer.model.config.use_cache = True  # Trainer switches it off, and the published model is there to generate
+    # An adapter trained on this model has only this model's word for where a reply ends.
+    trainer.model.generation_config.eos_token_id = end_of_turn_ids(trainer.processing_class)
     save_whole_model(trainer)
     recorded = trainer.record.content
     metrics = final_metrics(trainer.state.log_history, "tokens") | recorded["yardsticks"]
