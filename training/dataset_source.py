@@ -10,11 +10,11 @@ import datasets
 SAMPLE_DATA = Path(__file__).parent / "sample_data"
 
 
-def local_path(dataset: str, modality: str, suffixes: set[str]) -> Path | None:
+def local_path(dataset: str, modality: str | None, suffixes: set[str]) -> Path | None:
     """The file or folder that is meant, None for a Hub id.
 
     Args:
-        modality: what the caller reads, "text" or "image", as the samples' `info.json` says it.
+        modality: what the caller reads, "text", "image" or "chat", as the samples' `info.json` says it; None for all.
         suffixes: endings of files by which a missing file is told from a Hub id.
 
     Raises:
@@ -37,9 +37,9 @@ def local_path(dataset: str, modality: str, suffixes: set[str]) -> Path | None:
     )
 
 
-def sample_names(modality: str) -> list[str]:
+def sample_names(modality: str | None) -> list[str]:
     folders = sorted(file.parent for file in SAMPLE_DATA.glob("*/info.json"))
-    return [folder.name for folder in folders if sample_info(folder)["modality"] == modality]
+    return [folder.name for folder in folders if modality in (None, sample_info(folder)["modality"])]
 
 
 def sample_info(folder: Path) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import codecs
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def load_text_dataset(
     if local is None:
         texts = load_from_hub(dataset, split, config, streaming, "text")
     else:
-        texts = _load_local_files(local, split, text_column, config, streaming)
+        check_file = partial(_check_file, text_column=text_column)
+        texts = load_local_files(local, split, config, check_file, streaming=streaming)
     return _text_column_only(texts, f"{dataset} ({split})", text_column)
 
 
@@ -99,26 +101,33 @@ def describe_texts(texts: datasets.Dataset | datasets.IterableDataset, dataset: 
     return description | ({"streaming": True} if streaming else {"documents": documents, "bytes": size})
 
 
-def _load_local_files(
-    path: Path, split: str, text_column: str, config: str | None, streaming: bool
+def load_local_files(
+    path: Path,
+    split: str,
+    config: str | None,
+    check_file: Callable[[Path, str], None],
+    kinds: tuple[str, ...] = ("parquet", "json", "text"),
+    streaming: bool = False,
 ) -> datasets.Dataset | datasets.IterableDataset:
+    """The rows of a file, or of a folder's files of one kind, with all of their columns.
+
+    Args:
+        check_file: raises ValueError for what is wrong with a file of this kind, before anything is read of the others.
+        kinds: those that can be read, of the values of `KINDS`.
+    """
     files_by_split = _files_by_split(path, config)
     asked = asked_splits(path, split, files_by_split)
     files = [file for name in asked for file in files_by_split[name]]
-    kinds = {_kind(file) for file in files}
-    if len(kinds) != 1 or None in kinds:
+    found = {_kind(file) for file in files}
+    if len(found) != 1 or not found <= set(kinds):
+        suffixes = [suffix for suffix, kind in KINDS.items() if kind in kinds]
         raise ValueError(
             f"{path} is no text data of one kind ({', '.join(sorted({''.join(file.suffixes) for file in files}))}): "
-            "give .parquet, .jsonl, .json or .txt files."
+            f"give {', '.join(suffixes[:-1])} or {suffixes[-1]} files."
         )
-    kind = kinds.pop()
+    kind = found.pop()
     for file in files:
-        if kind == "parquet":
-            _check_parquet(file, text_column)
-            continue
-        _check_utf8(file)
-        if kind == "json":
-            _check_json_lines(file, text_column)
+        check_file(file, kind)
 
     data_files = {name: list(map(str, files_by_split[name])) for name in asked}
     options = {"sample_by": "paragraph", "encoding": "utf-8-sig"} if kind == "text" else {}
@@ -144,16 +153,29 @@ def _kind(file: Path) -> str | None:
     return KINDS.get(file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix)
 
 
-def _open(file: Path):
+def open_bytes(file: Path):
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
+
+
+def _check_file(file: Path, kind: str, text_column: str) -> None:
+    if kind == "parquet":
+        _check_parquet(file, text_column)
+        return
+    check_utf8(file)
+    if kind == "json":
+        _check_json_lines(file, text_column)
+
+
+def parquet_footer(file: Path) -> pyarrow.parquet.FileMetaData:
+    try:
+        return pyarrow.parquet.read_metadata(file)
+    except pa.ArrowException as error:
+        raise ValueError(f"{file} is not a parquet file ({error}): write it again or name another.") from error
 
 
 def _check_parquet(file: Path, text_column: str) -> None:
     """Raises where a parquet file's footer shows no rows, no `text_column`, or one that is no column of strings."""
-    try:
-        footer = pyarrow.parquet.read_metadata(file)
-    except pa.ArrowException as error:
-        raise ValueError(f"{file} is not a parquet file ({error}): write it again or name another.") from error
+    footer = parquet_footer(file)
     schema = footer.schema.to_arrow_schema()
     if footer.num_rows == 0:
         raise ValueError(f"{file} has no rows: give data with at least one document.")
@@ -166,11 +188,11 @@ def _check_parquet(file: Path, text_column: str) -> None:
         raise ValueError(f"The column {text_column!r} of {file} holds {kind} where strings are expected.")
 
 
-def _check_utf8(file: Path) -> None:
+def check_utf8(file: Path) -> None:
     """Raises where a text file is empty, binary or not UTF-8, naming the place. Reads it once, in chunks."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, lines, blank = 0, 1, True
-    with _open(file) as stream:
+    with open_bytes(file) as stream:
         while chunk := stream.read(CHUNK):
             if (position := chunk.find(0)) >= 0:
                 raise ValueError(
@@ -199,9 +221,12 @@ def _refuse_encoding(file: Path, offset: int, line: int) -> None:
     )
 
 
-def _check_json_lines(file: Path, text_column: str) -> None:
-    """Raises at the first line of a JSON-lines file that is no object with a string in `text_column`."""
-    with _open(file) as stream:
+def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, object) of each line but blank ones; nothing for a file that is one JSON array.
+
+    Raises ValueError at the first line that is no JSON object.
+    """
+    with open_bytes(file) as stream:
         for number, line in enumerate(stream, start=1):
             line = line.strip()
             if not line:
@@ -215,19 +240,23 @@ def _check_json_lines(file: Path, text_column: str) -> None:
                     f"{file}, line {number} is not JSON ({error.msg} at column {error.colno}): mend or remove the line."
                 ) from error
             if not isinstance(row, dict):
-                raise ValueError(
-                    f"{file}, line {number} is no JSON object: expected {{{text_column!r}: ...}} on each line."
-                )
-            if text_column not in row:
-                raise ValueError(
-                    f"{file}, line {number} has no field {text_column!r}, only {', '.join(row)}: set --text_column to "
-                    "one of those, or mend the line."
-                )
-            if not isinstance(row[text_column], str):
-                raise ValueError(
-                    f"{file}, line {number} has {json.dumps(row[text_column])[:40]} in the field {text_column!r} where "
-                    "a string is expected: mend or remove the line."
-                )
+                raise ValueError(f"{file}, line {number} is no JSON object: expected {{...}} on each line.")
+            yield number, row
+
+
+def _check_json_lines(file: Path, text_column: str) -> None:
+    """Raises at the first line of a JSON-lines file that is no object with a string in `text_column`."""
+    for number, row in json_lines(file):
+        if text_column not in row:
+            raise ValueError(
+                f"{file}, line {number} has no field {text_column!r}, only {', '.join(row)}: set --text_column to one "
+                "of those, or mend the line."
+            )
+        if not isinstance(row[text_column], str):
+            raise ValueError(
+                f"{file}, line {number} has {json.dumps(row[text_column])[:40]} in the field {text_column!r} where a "
+                "string is expected: mend or remove the line."
+            )
 
 
 def _text_column_only(
