@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerState
@@ -26,8 +27,8 @@ from transformers.trainer_utils import rotate_checkpoints
 from .run_record import RunRecord
 
 STAGING = "checkpoint_partial"
-# Of a parameter's bytes in a checkpoint: its float32 value and AdamW's two moments.
-CHECKPOINT_BYTES_PER_PARAMETER = 12
+# Of a trained parameter's bytes in a checkpoint: AdamW's two moments in float32.
+OPTIMIZER_BYTES_PER_PARAMETER = 8
 
 
 class NonFiniteError(ValueError):
@@ -93,7 +94,7 @@ class RunFolderMixin:
             )
 
     def _checkpoint_bytes(self) -> int:
-        return CHECKPOINT_BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in self.model.parameters())
+        return checkpoint_bytes(self.model)
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -136,6 +137,14 @@ class RunFolderMixin:
         )
 
     # ---- throughput ----
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        # Held-out data are read to the end, whatever becomes of an uneven end in training.
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def evaluate(self, *args, **kwargs):
         with self._clock_stopped():
@@ -202,7 +211,7 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
 def _fault(checkpoint: Path) -> str | None:
     # One file each or shards; FSDP has folders for weights and optimizer, DeepSpeed one for both.
     needed = {
-        "weights": ("model.", "model-", "pytorch_model", "global_step"),
+        "weights": ("model.", "model-", "adapter_model", "pytorch_model", "global_step"),
         "optimizer": ("optimizer", "global_step"),
         "random state": ("rng_state",),
     }
@@ -238,6 +247,15 @@ def prepare_to_resume(output_dir: str | Path) -> str | None:
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
     return None
+
+
+def checkpoint_bytes(model: torch.nn.Module) -> int:
+    """What a checkpoint of `model` takes on the disk; of a model with an adapter, only the adapter is stored."""
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    stored = trained if isinstance(model, PeftModel) else parameters
+    moments = OPTIMIZER_BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in trained)
+    return moments + sum(parameter.numel() * parameter.element_size() for parameter in stored)
 
 
 def check_disk_space(folder: Path, needed: int) -> None:

@@ -24,7 +24,8 @@ import torch
 FILE_NAME = "run.json"
 # What is not installed (text needs no timm) is left out.
 LIBRARIES = (
-    "torch", "transformers", "tokenizers", "datasets", "accelerate", "trl", "torchvision", "timm", "hf_models",
+    "torch", "transformers", "tokenizers", "datasets", "accelerate", "trl", "peft", "bitsandbytes", "lm_eval",
+    "torchvision", "timm", "hf_models",
 )  # fmt: skip
 # Fields that change neither what is trained nor on what: a run may be resumed with other values of these.
 FREE_FIELDS = {
@@ -38,7 +39,19 @@ FREE_FIELDS = {
     "per_device_eval_batch_size",
 }
 # The entries of a record that are paths, unless they name something else (a sample, a Hub id).
-PATH_FIELDS = {"compare_with", "config", "dataset", "eval_dataset", "model", "output_dir", "path", "tokenizer"}
+PATH_FIELDS = {
+    "adapter",
+    "base",
+    "chat_template_path",
+    "compare_with",
+    "config",
+    "dataset",
+    "eval_dataset",
+    "model",
+    "output_dir",
+    "path",
+    "tokenizer",
+}
 
 
 class RunRecord:

@@ -18,9 +18,9 @@ from hub_cards.build_card import build_card
 from .command_line import plain_errors
 from .matmul_peak import choose_precision, matmul_peak
 from .run_folder_trainer import (
-    CHECKPOINT_BYTES_PER_PARAMETER,
     NonFiniteError,
     check_disk_space,
+    checkpoint_bytes,
     last_good_checkpoint,
     prepare_to_resume,
 )
@@ -151,8 +151,7 @@ def open_run(
         checkpoint = (prepare_to_resume if is_main_process else last_good_checkpoint)(training.output_dir)
     if is_main_process and training.save_strategy != "no":
         room = (training.save_total_limit or 1) + 1 - len(list(Path(training.output_dir).glob("checkpoint-*")))
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        check_disk_space(Path(training.output_dir), room * CHECKPOINT_BYTES_PER_PARAMETER * parameters)
+        check_disk_space(Path(training.output_dir), room * checkpoint_bytes(model))
 
     # A resumed run keeps the precision it began with: a measurement may come out otherwise the second time. For the
     # same reason the main process decides for all.
@@ -205,15 +204,21 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def final_metrics(history: list[dict[str, float]], unit: str) -> dict[str, float]:
-    """The last loss and evaluation of a run, and its median speed; `unit` is the trainer's, "tokens" or "images"."""
+    """The last loss and evaluation of a run, and its median speed; `unit` is the trainer's, "tokens" or "images".
+
+    What an evaluation before the first step (--eval_on_start) found has `_before` after its name.
+    """
     steps = [entry for entry in history if "loss" in entry]  # the last step always logs
     evaluations = [entry for entry in history if "eval_loss" in entry]
     metrics = {"train_loss": steps[-1]["loss"], f"{unit}_seen": steps[-1][f"{unit}_seen"]}
     for name in (f"{unit}_per_second", "matmul_share"):
         metrics[name] = statistics.median(entry[name] for entry in steps)
     times = ("_runtime", "_per_second", "_time")
-    last = evaluations[-1] if evaluations else {}
-    return metrics | {name: last[name] for name in last if name.startswith("eval_") and not name.endswith(times)}
+    for evaluation, suffix in ((evaluations[:1], "_before"), (evaluations[-1:], "")):
+        if evaluation and (not suffix or evaluation[0]["step"] == 0):
+            names = [name for name in evaluation[0] if name.startswith("eval_") and not name.endswith(times)]
+            metrics |= {name + suffix: evaluation[0][name] for name in names}
+    return metrics
 
 
 def evaluate_the_end(trainer) -> None:
