@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from hf_models.convnextv2_fcmae import ConvNextV2FcmaeConfig
 from hf_models.convnextv2_fcmae.sizes import SIZES
 from hf_models.stored_weights import read_config_fields
+from hub_cards.build_card import result_license
 
 # ConvNeXt V2's released weights, in every layout in which they are passed on.
 RELEASED_V2_LICENSE = "CC-BY-NC-4.0"
@@ -18,6 +19,24 @@ def read_run(folder: str) -> dict[str, Any] | None:
     """The `run.json` of a run folder; None for anything else."""
     path = Path(folder) / "run.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def base_run_section(path: str) -> dict[str, Any]:
+    """The section `base_run` of `run.json`: what the run that made the model at `path` was; {} where none is known."""
+    run = read_run(path)
+    if run is None:
+        return {}
+    train = run["data"]["train"]
+    return {
+        "base_run": {
+            "path": path,
+            "task": run["task"],
+            "data": train.get("info", {}).get("name") or train["dataset"],
+            "license": result_license(run),
+            "metrics": run["metrics"],
+            "wall_time_seconds": run["wall_time_seconds"],
+        }
+    }
 
 
 def base_license(path: str, config: PreTrainedConfig) -> str | None:

@@ -309,6 +309,34 @@ def head_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if not name.startswith(prefix)}
 
 
+def adapter_layers(model: PreTrainedModel, rank: int) -> tuple[list[str], list[str]]:
+    """Names of the layers that an adapter of this rank changes, and of those that are trained whole with it.
+
+    Trained whole are the head, and every convolution whose update would have as many numbers as the kernel itself: a
+    depthwise 7x7 has 49 a channel, and its update in PEFT 49 a channel for each unit of the rank; nor can PEFT merge it
+    (0.21.2). Of a ConvNeXt, the pointwise layers are adapted, and stem and downsampling unless the rank is high.
+
+    Raises ValueError for batch norm, whose statistics change in training and are in no adapter.
+    """
+    head = {name.rpartition(".")[0] for name in head_parameters(model)}
+    low_rank, whole = [], sorted(head)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"--use_peft: {name} of {type(model).__name__} is a batch norm, whose statistics no adapter holds: "
+                "leave it off, or take a model without, such as a ConvNeXt."
+            )
+        if name in head:
+            continue
+        if isinstance(layer, nn.Linear):
+            low_rank.append(name)
+        elif isinstance(layer, nn.Conv2d):
+            inputs = layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
+            saves = layer.groups == 1 and rank * (inputs + layer.out_channels) < layer.weight.numel()
+            (low_rank if saves else whole).append(name)
+    return low_rank, whole
+
+
 @torch.no_grad()
 def new_head(model: PreTrainedModel, scale: float) -> None:
     for name, parameter in head_parameters(model).items():

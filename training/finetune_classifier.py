@@ -5,7 +5,8 @@
 
 Reads a model and labelled images; writes a model folder with its image processor, `run.json` and card. The same command
 again goes on from the last checkpoint, or says that the run is finished. Fields are those of `FinetuneArguments` below
-and of transformers' `TrainingArguments`.
+and of transformers' `TrainingArguments`. With --use_peft an adapter is trained; the model in the folder
+has it merged, and it lies in `adapter/` besides.
 """
 
 import os
@@ -17,12 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer, set_seed
 
 from hf_models.stored_weights import some
 from hub_cards.build_card import ASSETS
 
+from .adapters import AdapterArguments, add_adapter, save_adapter
 from .base_model import base_license, read_run
 from .classification_report import confusion_counts, per_class_table
 from .classifier_inputs import UNREADABLE, AugmentationArguments, ClassifierCollator, HeldOutImages, TrainingItem
@@ -30,6 +33,7 @@ from .classifier_models import (
     SIZES,
     Classifier,
     ClassifierArguments,
+    adapter_layers,
     forward_flops,
     head_parameters,
     image_format,
@@ -63,11 +67,12 @@ from .weight_averaging import AveragedWeightsMixin
 
 TASK = "finetune_classifier"
 TOP = 5
+ADAPTER = "adapter"  # of a run with --use_peft, in its folder
 BASE_PICTURE = f"{ASSETS}/base_reconstruction.png"
 
 
 @dataclass
-class FinetuneArguments(ClassifierArguments, AugmentationArguments, ImageDataArguments):
+class FinetuneArguments(ClassifierArguments, AugmentationArguments, ImageDataArguments, AdapterArguments):
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Images to evaluate on. By default another split of --dataset."}
     )
@@ -82,6 +87,7 @@ class FinetuneArguments(ClassifierArguments, AugmentationArguments, ImageDataArg
         ClassifierArguments.__post_init__(self)
         AugmentationArguments.__post_init__(self)
         ImageDataArguments.__post_init__(self)
+        AdapterArguments.__post_init__(self)
         self.compare_with = [os.path.relpath(folder) for folder in self.compare_with]
 
 
@@ -207,8 +213,26 @@ def check_arguments(arguments: FinetuneArguments, training: OptimizationArgument
     sharded = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
     if training.ema_decay and sharded:
         raise ValueError(f"--ema_decay averages whole weights, which {sharded[0]} shards: give 0, or use ddp.yaml.")
+    if arguments.use_peft:
+        _check_adapter(arguments, training, sharded)
     if arguments.compare_with and training.eval_strategy == "no":
         raise ValueError("--compare_with compares evaluations, and --eval_strategy is no: leave one off.")
+
+
+def _check_adapter(arguments: FinetuneArguments, training: OptimizationArguments, sharded: list[str]) -> None:
+    if arguments.model in SIZES or arguments.from_scratch:
+        raise ValueError("--use_peft adapts weights that are trained, and these are new: name a trained --model.")
+    if arguments.freeze_backbone:
+        raise ValueError("--use_peft changes the backbone that --freeze_backbone keeps: give one of the two.")
+    if training.ema_decay:
+        raise ValueError(f"--ema_decay {training.ema_decay} averages whole weights, not an adapter's: give 0.")
+    if sharded:
+        raise ValueError(f"--use_peft ends in a merge of whole weights, which {sharded[0]} shards: use ddp.yaml.")
+    if arguments.lora_init not in ("default", "gaussian"):
+        raise ValueError(
+            f"--lora_init {arguments.lora_init} is for linear layers, and image classifiers have convolutions, too: "
+            "take default or gaussian."
+        )
 
 
 def load_comparisons(folders: list[str], data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -304,6 +328,15 @@ def describe_model(classifier: Classifier) -> dict[str, Any]:
     }
 
 
+def describe_adapter(config: LoraConfig) -> dict[str, Any]:
+    names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    layers = {
+        name: sorted({layer.rsplit(".", 1)[-1] for layer in getattr(config, name)})
+        for name in ("target_modules", "modules_to_save")
+    }
+    return {name: getattr(config, name) for name in names} | layers
+
+
 def prepare() -> tuple[FinetuneTrainer, str | None] | None:
     """Everything up to the first step: reads and checks what the user gave, and opens the run folder.
 
@@ -332,6 +365,13 @@ def prepare() -> tuple[FinetuneTrainer, str | None] | None:
     if arguments.model not in SIZES and not arguments.from_scratch:
         data["model"] = {"path": arguments.model, "fingerprint": weights_fingerprint(model)}
 
+    sections = {"model": describe_model(classifier)}
+    if arguments.use_peft:
+        targets, whole = adapter_layers(model, arguments.lora_r)
+        model = add_adapter(model, arguments, task_type=None, base=arguments.model, targets=targets, whole=whole)
+        sections["model"]["trainable_parameters"] = model.get_nb_trainable_parameters()[0]
+        sections["adapter"] = describe_adapter(model.peft_config["default"])
+
     training_item = TrainingItem(arguments, images)
     opened = open_run(training, TASK, given, data, model)
     if opened is None:
@@ -350,13 +390,12 @@ def prepare() -> tuple[FinetuneTrainer, str | None] | None:
         processing_class=processor,
         record=record,
         unit="images",
-        flops_per_unit=flops * (1 if arguments.freeze_backbone else 3),  # backward: to weights and to inputs
+        flops_per_unit=flops * _passes(arguments),
         matmul_peak=peak,
         ema_decay=training.ema_decay,
         frozen=arguments.freeze_backbone,
     )
     record.save(
-        model=describe_model(classifier),
         image=images._asdict(),
         training=describe_training(training, peak)
         | {name: getattr(training, name) for name in ("layer_decay", "layer_decay_type", "ema_decay")}
@@ -367,6 +406,7 @@ def prepare() -> tuple[FinetuneTrainer, str | None] | None:
             "label_smoothing": training.label_smoothing_factor,
         },
         comparisons=comparisons,
+        **sections,
         **base,
     )
     if trainer.is_world_process_zero() and base.get("base_run", {}).get("picture"):
@@ -374,18 +414,46 @@ def prepare() -> tuple[FinetuneTrainer, str | None] | None:
     return trainer, checkpoint
 
 
+def _passes(arguments: FinetuneArguments) -> int:
+    """Of a training step, in forward passes: backward to the inputs, and to the weights where they are trained."""
+    return 1 if arguments.freeze_backbone else 2 if arguments.use_peft else 3
+
+
+def save_merged(trainer: FinetuneTrainer) -> dict[str, Any]:
+    """Writes the adapter into `adapter/` and the model with it merged into the run folder; what the merge changed."""
+    folder = Path(trainer.args.output_dir) / ADAPTER
+    if trainer.is_world_process_zero():
+        save_adapter(trainer.model, folder)
+    image = trainer.record.content["image"]
+    pixels = torch.randn(4, image["channels"], *image["size"], generator=torch.Generator().manual_seed(0))
+    separate = _logits(trainer.model, pixels)
+    trainer.model = trainer.model.merge_and_unload()
+    save_whole_model(trainer)
+    difference = (_logits(trainer.model, pixels) - separate).abs().max()
+    figures = {"max_logit_difference": float(difference), "largest_logit": float(separate.abs().max())}
+    return {"merged": {"path": str(folder)} | figures}
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel | PeftModel, pixels: torch.Tensor) -> torch.Tensor:
+    return model.eval()(pixel_values=pixels.to(model.device)).logits.float()
+
+
 def finish(trainer: FinetuneTrainer) -> None:
     """Saves the model into the run folder and writes what came of the run: metrics, classes, the card."""
     evaluate_the_end(trainer)
     if trainer.eval_dataset is not None and (trainer.outcomes or (None,))[0] != trainer.state.global_step:
         trainer.predict(trainer.eval_dataset)  # evaluated before this process was started: its outcomes again
-    save_whole_model(trainer)
     sections = {}
+    if isinstance(trainer.model, PeftModel):
+        sections = save_merged(trainer)
+    else:
+        save_whole_model(trainer)
     if trainer.outcomes is not None:
         _, labels, predicted = trainer.outcomes
         names = list(trainer.model.config.id2label.values())
         counts = confusion_counts(labels, predicted, len(names))
-        sections = {
+        sections |= {
             "per_class": per_class_table(counts, names),
             "confusion": {"labels": names, "counts": counts.tolist()},
         }
