@@ -24,6 +24,12 @@ def two_processes(port):
     return ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port))
 
 
+def accelerate_two_processes(port):
+    """As `accelerate launch` starts them where there is no GPU: --multi_gpu means one process for each "device"."""
+    options = ("--multi_gpu", "--num_processes", "2", "--main_process_port", str(port), "--mixed_precision", "no")
+    return ("-m", "accelerate.commands.launch", *options, "--dynamo_backend", "no", "--num_machines", "1")
+
+
 def run(words):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)

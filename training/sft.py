@@ -1,0 +1,318 @@
+"""Teaches a language model to answer, by supervised fine-tuning: on all weights, LoRA, or LoRA on a base in 4 bits.
+
+    python -m training.sft --config training/recipes/llama_style/sft_quickstart.yaml
+    accelerate launch --config_file training/accelerate_configs/ddp.yaml -m training.sft --config ...
+
+Reads a model (ours or any causal LM of transformers) and conversations; writes a model folder, or with --use_peft an
+adapter's, with its `run.json` and card. The same command again goes on from the last checkpoint, or says that the run
+is finished. Notable here:
+- the loss is taken on the assistant's turns only, their end included, so that the model learns to stop; labels are set
+  by position, so that a padding token that is also the end of text does not unteach it;
+- conversations are packed into blocks in which they do not see each other; held-out ones are not packed, and the
+  held-out loss is a mean over tokens, whatever the batches;
+- `--dry_run true` predicts the memory that the run would take, and loads nothing.
+Fields are those of the dataclasses below, of `AdapterArguments`, `QuantizationArguments` and TRL's `SFTConfig`.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from .adapters import AdapterArguments, keep_initial_adapter
+from .base_model import base_run_section
+from .chat_data import ChatDataArguments, describe_rows, load_conversations, tokenize_conversations
+from .command_line import parse_arguments
+from .language_models import LanguageModelArguments, end_of_turn_ids, flops_per_token
+from .memory_estimate import DryRunArguments
+from .packing import PackedBlockCollator
+from .quantization import QuantizationArguments, keep_adapter_dtype
+from .run_folder_trainer import RunFolderMixin
+from .run_record import RunRecord
+from .run_setup import (
+    RunFolderArguments,
+    describe_training,
+    evaluate_the_end,
+    examples_per_step,
+    final_metrics,
+    finish_run,
+    open_run,
+    train_from_command_line,
+)
+from .tuning import (
+    Tuning,
+    check_tuning,
+    describe_base,
+    describe_tuned_model,
+    open_base,
+    predict_memory,
+    save_tuned_model,
+    with_adapter,
+)
+
+REPLY_TOKENS = 128
+
+
+@dataclass
+class SftArguments(LanguageModelArguments, ChatDataArguments):
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Conversations to evaluate on. By default another split of --dataset."}
+    )
+    eval_dataset_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
+    sample_prompts: list[str] = field(
+        default_factory=lambda: ["Who was Marie Curie?", "What is a river?", "Hello! How are you today?"],
+        metadata={"help": "Questions that the model answers at each evaluation."},
+    )
+
+
+@dataclass
+class SftTrainingArguments(RunFolderArguments, SFTConfig):
+    output_dir: str = field(default="runs/sft", metadata={"help": "The run folder."})
+    full_learning_rate: ClassVar[float] = 2e-5
+    adapter_learning_rate: ClassVar[float] = 2e-4
+
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate; by default 2e-5 (TRL's) on all weights and 2e-4 (QLoRA's) on an adapter."
+        },
+    )
+    max_length: int = field(
+        default=1024,
+        metadata={
+            "help": "Tokens of a conversation and of a packed block; at most the model's context. See --packing."
+        },
+    )
+    packing: bool = field(
+        default=True,
+        metadata={"help": "Fill blocks of --max_length with several conversations, which do not see each other."},
+    )
+    assistant_only_loss: bool = field(
+        default=True,
+        metadata={"help": "Take the loss on the assistant's turns only, rather than on all of `messages`."},
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Compute activations twice rather than keep them: less memory, slower."}
+    )
+    bf16: bool | None = field(default=False, metadata={"help": "Chosen by --precision."})
+
+    def __post_init__(self):
+        given, self.learning_rate = self.learning_rate, self.learning_rate or 0.0
+        super().__post_init__()
+        self.learning_rate = given
+        self.dataloader_drop_last = True  # an uneven end would be filled up with repeated rows, or be a smaller batch
+
+
+class SftTrainer(RunFolderMixin, SFTTrainer):
+    """Counts the tokens that the model reads, and evaluates in sums over tokens rather than means over batches."""
+
+    def __init__(self, *args, eval_collator: DataCollatorForLanguageModeling, **kwargs):
+        super().__init__(*args, compute_metrics=_means_over_tokens, **kwargs)
+        self.eval_collator = eval_collator
+        self._tokens_in_step: torch.Tensor | int = 0
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        training_collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training_collator
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._tokens_in_step += (inputs["input_ids"] != self.processing_class.pad_token_id).sum()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def units_in_step(self, inputs, num_items_in_batch):
+        tokens, self._tokens_in_step = self._tokens_in_step, 0
+        return self.accelerator.reduce(tokens.to(self.args.device), "sum")
+
+    def describe_batch(self, inputs):
+        beginning = self.processing_class.decode(inputs["input_ids"][0, :24], skip_special_tokens=True)
+        return f"whose first row begins {beginning!r}"
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        sums = [-outputs.log_probs.sum(dim=1), outputs.is_top1.sum(dim=1), outputs.label_mask.sum(dim=1)]
+        return None, torch.stack([s.double() for s in sums], dim=1), inputs["labels"][:, :1]
+
+    def log(self, logs, start_time=None):
+        for metrics in self._metrics.values():
+            metrics.pop("num_tokens", None)  # padding included; `tokens_seen` is ours
+        super().log(logs, start_time)
+
+
+def _means_over_tokens(prediction) -> dict[str, float]:
+    """From each row's summed loss, its tokens predicted right, and its tokens."""
+    loss, right, tokens = prediction.predictions.sum(axis=0)
+    loss = float(loss / tokens)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": float(right / tokens)}
+
+
+class ReplyCallback(TrainerCallback):
+    """Answers the sample prompts at each evaluation, greedily."""
+
+    def __init__(self, record: RunRecord, tokenizer: PreTrainedTokenizerBase, prompts: list[str]):
+        self.record, self.tokenizer, self.prompts = record, tokenizer, prompts
+
+    def on_evaluate(self, args, state, control, model, **kwargs):
+        new = [{"step": state.global_step, "prompt": p} | reply(model, self.tokenizer, p) for p in self.prompts]
+        if not state.is_world_process_zero:
+            return
+        kept = [sample for sample in self.record.content["samples"] if sample["step"] < state.global_step]
+        self.record.save(samples=kept + new)
+        for sample in new:
+            print(f"  {sample['prompt']} | {sample['text']!r}{'' if sample['ended'] else ' ...'}")
+
+
+def reply(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str) -> dict[str, Any]:
+    """`text`, the likeliest answer to one question, and whether it `ended` within 128 tokens."""
+    question = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    ends = end_of_turn_ids(tokenizer)
+    was_training = model.training
+    model.eval()
+    ids = model.generate(
+        **inputs.to(model.device),
+        max_new_tokens=REPLY_TOKENS,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
+    )[0, inputs["input_ids"].shape[1] :].tolist()
+    model.train(was_training)
+    return {"text": tokenizer.decode(ids, skip_special_tokens=True), "ended": ids[-1] in ends}
+
+
+def load_rows(
+    arguments: SftArguments, training: SftTrainingArguments
+) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
+    """Training and held-out conversations, checked, and the description of both for `run.json`."""
+    columns = {"text_column": arguments.text_column}
+    train = load_conversations(arguments.dataset, arguments.dataset_split, arguments.dataset_config, **columns)
+    data = {"train": describe_rows(train, arguments.dataset, arguments.dataset_split)}
+    if training.eval_strategy == "no":
+        return train, None, data
+    name, split = arguments.eval_dataset or arguments.dataset, arguments.eval_dataset_split
+    config = arguments.dataset_config if arguments.eval_dataset is None else None
+    held_out = load_conversations(name, split, config, **columns)
+    return train, held_out, data | {"eval": describe_rows(held_out, name, split)}
+
+
+def training_blocks(rows: Dataset, training: SftTrainingArguments) -> Dataset:
+    """The tokenised rows, packed where asked for; ValueError where they do not fill one batch."""
+    if training.packing:
+        rows = pack_dataset(rows, training.max_length, strategy="bfd", map_kwargs={"desc": "Packing"})
+    batch = examples_per_step(training)
+    if len(rows) < batch:
+        what = f"blocks of {training.max_length} tokens" if training.packing else "rows"
+        raise ValueError(
+            f"The conversations fill {len(rows)} {what} and a step takes {batch}: give more conversations, a "
+            "smaller batch or a smaller --max_length."
+        )
+    return rows
+
+
+def check_arguments(arguments: SftArguments, training: SftTrainingArguments, model: PreTrainedModel) -> None:
+    """What only the opened model tells."""
+    if training.packing and "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"{type(model).__name__} takes no position_ids, by which packed conversations are kept apart: give "
+            "--packing false."
+        )
+
+
+def prepare() -> tuple[SftTrainer, str | None] | None:
+    """Everything up to the first step: reads and checks what the user gave, opens model and run folder.
+
+    Returns the trainer and the checkpoint to go on from; None where nothing is left to do.
+    """
+    arguments, adapter, quantization, dry_run, training, given = parse_arguments(
+        SftArguments,
+        AdapterArguments,
+        QuantizationArguments,
+        DryRunArguments,
+        SftTrainingArguments,
+        description=__doc__,
+    )
+    set_seed(training.seed)
+    tuning = Tuning(arguments, adapter, quantization, dry_run)
+    config = check_tuning(tuning, training, given, "training.sft")
+    if dry_run.dry_run:
+        predict_memory(config, tuning, training)
+        return None
+    train_rows, held_out_rows, data = load_rows(arguments, training)
+    model, tokenizer, added_tokens = open_base(tuning, training)
+    check_arguments(arguments, training, model)
+    data["model"] = describe_base(arguments.model)
+    with training.main_process_first(desc="tokenising"):
+        tokenized, counts = {}, {}
+        for name, rows in (("train", train_rows), ("eval", held_out_rows)):
+            if rows is not None:
+                tokenized[name], counts[name] = tokenize_conversations(
+                    rows, tokenizer, training.max_length, training.assistant_only_loss
+                )
+        train = training_blocks(tokenized["train"], training)
+    pad = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+    packed = PackedBlockCollator(
+        training.max_length, tokenizer.pad_token_id, flatten="flash" in arguments.attn_implementation
+    )
+    collator = packed if training.packing else pad
+    model = with_adapter(model, tuning, training, added_tokens, lambda: (pad([row]) for row in tokenized["train"]))
+    opened = open_run(training, "sft", given, data, model)
+    if opened is None:
+        return None
+    record, checkpoint, peak = opened
+    record.save(
+        **describe_tuned_model(model, tuning, training),
+        **base_run_section(arguments.model),
+        training=describe_training(training, peak)
+        | {"max_length": training.max_length, "packing": training.packing}
+        | {"examples_per_step": examples_per_step(training)},
+        tokenizer={"path": arguments.model, "vocab_size": len(tokenizer)},
+        counts=counts,
+    )
+    if training.process_index == 0:
+        keep_initial_adapter(model, training.output_dir)
+    # The rows are ready. TRL's own packing would make one row of a batch, with a mask as large as that.
+    training.packing, training.assistant_only_loss = False, False
+    training.dataset_kwargs = {"skip_prepare_dataset": True}
+    with keep_adapter_dtype(model):
+        trainer = SftTrainer(
+            model=model,
+            args=training,
+            train_dataset=train,
+            eval_dataset=tokenized.get("eval"),
+            data_collator=collator,
+            eval_collator=pad,
+            processing_class=tokenizer,
+            callbacks=[ReplyCallback(record, tokenizer, arguments.sample_prompts)] if tokenizer.chat_template else [],
+            record=record,
+            unit="tokens",
+            flops_per_unit=flops_per_token(model),
+            matmul_peak=peak,
+        )
+    return trainer, checkpoint
+
+
+def finish(trainer: SftTrainer) -> None:
+    """Saves model or adapter into the run folder and writes what came of the run: metrics, an example, the card."""
+    evaluate_the_end(trainer)
+    save_tuned_model(trainer)
+    metrics = final_metrics(trainer.state.log_history, "tokens")
+    finish_run(trainer, metrics)
+
+
+def main() -> None:
+    train_from_command_line(prepare, finish)
+
+
+if __name__ == "__main__":
+    main()

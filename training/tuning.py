@@ -1,0 +1,253 @@
+"""What fine-tuning's scripts (SFT, DPO, reward) share: a base that is tuned whole, by an adapter, or in 4 bits."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from trl import clone_chat_template
+
+from .adapters import AdapterArguments, add_adapter, save_adapter
+from .language_models import (
+    LanguageModelArguments,
+    end_of_turn_ids,
+    load_config,
+    load_language_model,
+    load_tokenizer,
+    stored_fingerprint,
+)
+from .matmul_peak import choose_precision
+from .memory_estimate import DryRunArguments, TrainingShape, print_dry_run
+from .quantization import (
+    QuantizationArguments,
+    check_quantizable,
+    prepare_quantized,
+    quantization_config,
+    settle_optimizer,
+)
+from .run_setup import RunFolderArguments, check_training, save_whole_model
+
+# Fields of TRL's that these scripts settle otherwise.
+NOT_HONOURED = {
+    "model_init_kwargs": "--dtype and --attn_implementation say how the model is opened",
+    "dataset_text_field": "give --text_column",
+    "dataset_kwargs": "the data are prepared here",
+    "dataset_num_proc": "the data are prepared here",
+    "shuffle_dataset": "rows are shuffled at every epoch",
+    "padding_free": "--packing does without padding",
+    "packing_strategy": "whole conversations are packed best-fit",
+    "eval_packing": "held-out conversations are not packed",
+    "truncation_mode": "what is too long is cut at its end",
+    "completion_only_loss": "of prompt and completion, the loss is always taken on the completion",
+    "eos_token": "the tokenizer says where a text ends",
+    "pad_token": "the tokenizer says what padding is",
+}
+
+
+# Of a config, what says how it was opened rather than what it describes.
+NO_SHAPE = ("_name_or_path", "quantization_config", "dtype")
+
+
+class Tuning(NamedTuple):
+    """What the command line says of the model that is tuned."""
+
+    model: LanguageModelArguments
+    adapter: AdapterArguments
+    quantization: QuantizationArguments
+    dry_run: DryRunArguments
+
+
+def check_tuning(tuning: Tuning, training: RunFolderArguments, given: dict[str, Any], module: str) -> PreTrainedConfig:
+    """Raises ValueError for what can be told wrong before anything is read, and fills in what follows from the rest.
+
+    Returns the config of the model.
+    """
+    if training.learning_rate is None:
+        training.learning_rate = (
+            training.adapter_learning_rate if tuning.adapter.use_peft else training.full_learning_rate
+        )
+    check_training(training, module)
+    for name in given.keys() & NOT_HONOURED.keys():
+        raise ValueError(f"--{name} has no effect here: {NOT_HONOURED[name]}.")
+    if tuning.quantization.load_in_4bit and not tuning.adapter.use_peft:
+        raise ValueError("Weights of 4 bits cannot be trained: give --use_peft true with --load_in_4bit true.")
+    config = load_config(tuning.model.model, training.trust_remote_code)
+    context = getattr(config, "max_position_embeddings", None)
+    if "max_length" not in given and context:
+        training.max_length = min(training.max_length, context)
+    if training.max_length < 2 or (context and training.max_length > context):
+        raise ValueError(
+            f"--max_length {training.max_length} does not fit the model's context of {context} tokens "
+            "(max_position_embeddings): give 2 or more and at most that."
+        )
+    check_quantizable(config, tuning.quantization, training.trust_remote_code)
+    note = settle_optimizer(training, tuning.quantization, given)
+    if note and training.process_index == 0:
+        print(note)
+    return config
+
+
+def predict_memory(
+    config: PreTrainedConfig,
+    tuning: Tuning,
+    training: RunFolderArguments,
+    auto_class: type = AutoModelForCausalLM,
+    sequences_per_example: int = 1,
+    reference_copy: bool = False,
+) -> None:
+    """`--dry_run`: prints what a step of this run would hold, without loading anything.
+
+    Args:
+        sequences_per_example: 2 for pairs of a chosen and a rejected answer.
+        reference_copy: whether the run holds a second, frozen model.
+    """
+    precision = choose_precision(training.device) if training.precision == "auto" else training.precision
+    shape = TrainingShape(
+        batch_size=training.per_device_train_batch_size,
+        length=training.max_length,
+        dtype=_dtype_in_memory(tuning, config),
+        bf16=precision == "bf16",
+        gradient_checkpointing=training.gradient_checkpointing,
+        adapter=tuning.adapter,
+        quantization=tuning.quantization,
+        optimizer=str(getattr(training.optim, "value", training.optim)),
+        accumulates=training.gradient_accumulation_steps > 1,
+        sequences_per_example=sequences_per_example,
+        reference_copy=reference_copy,
+        processes=training.world_size,
+        device_type=training.device.type,
+    )
+    print_dry_run(
+        config,
+        shape,
+        device_memory_gib=tuning.dry_run.device_memory_gib,
+        auto_class=auto_class,
+        attn_implementation=tuning.model.attn_implementation,
+        trust_remote_code=training.trust_remote_code,
+    )
+
+
+def _dtype_in_memory(tuning: Tuning, config: PreTrainedConfig) -> torch.dtype:
+    """float32 where weights are trained; where only an adapter is, the dtype of the files."""
+    if tuning.model.dtype is not None:
+        return getattr(torch, tuning.model.dtype)
+    return (config.dtype or torch.float32) if tuning.adapter.use_peft else torch.float32
+
+
+def describe_base(path: str) -> dict[str, str]:
+    """The entry `model` of a run's data."""
+    description = {"path": path, "fingerprint": stored_fingerprint(path)}
+    return description if Path(path).exists() else description | {"source": "hub"}
+
+
+def open_base(
+    tuning: Tuning, training: RunFolderArguments, auto_class: type = AutoModelForCausalLM, **config_fields: Any
+) -> tuple[PreTrainedModel, Tokenizer, list[int]]:
+    """The model, its tokenizer, and the ids of the tokens that a chat template from elsewhere brought with it."""
+    arguments = tuning.model
+    tokenizer = load_tokenizer(arguments.model, training.trust_remote_code)
+    config = load_config(arguments.model, training.trust_remote_code)
+    model = load_language_model(
+        arguments.model,
+        auto_class=auto_class,
+        dtype=_dtype_in_memory(tuning, config),
+        attn_implementation=arguments.attn_implementation,
+        quantization_config=quantization_config(tuning.quantization),
+        trust_remote_code=training.trust_remote_code,
+        **config_fields,
+    )
+    if tuning.quantization.load_in_4bit:
+        prepare_quantized(model)
+    added = []
+    template = getattr(training, "chat_template_path", None)
+    if template is not None and template.endswith((".jinja", ".j2")):
+        with open(template, encoding="utf-8") as file:
+            tokenizer.chat_template = file.read()
+    elif template is not None:
+        model, tokenizer, added = clone_chat_template(model, tokenizer, template)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():
+        ends = model.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        model.generation_config.eos_token_id = sorted(ends | set(end_of_turn_ids(tokenizer)))
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer, added
+
+
+def with_adapter(
+    model: PreTrainedModel,
+    tuning: Tuning,
+    training: RunFolderArguments,
+    added_tokens: list[int],
+    batches: Callable[[], Iterable[dict]],
+) -> PreTrainedModel | PeftModel:
+    """`model` itself, or with an adapter around it. `batches` are of training rows, for an initialisation that looks at
+    activations."""
+    if not tuning.adapter.use_peft:
+        return model
+    return add_adapter(
+        model,
+        tuning.adapter,
+        task_type="CAUSAL_LM" if model.can_generate() else "SEQ_CLS",
+        base=tuning.model.model,
+        added_tokens=bool(added_tokens),
+        batches=batches,
+        output_dir=training.output_dir,
+    )
+
+
+def describe_tuned_model(model: PreTrainedModel | PeftModel, tuning: Tuning, training) -> dict[str, Any]:
+    """Sections of `run.json` on the model, its adapter and its quantisation."""
+    adapted = isinstance(model, PeftModel)
+    base = model.get_base_model() if adapted else model
+    trainable, parameters = model.get_nb_trainable_parameters() if adapted else (base.num_parameters(),) * 2
+    config = {name: value for name, value in base.config.to_dict().items() if name not in NO_SHAPE}
+    sections: dict[str, Any] = {
+        "model": {
+            "parameters": parameters - trainable if adapted else parameters,
+            "trainable_parameters": trainable,
+            "config": config,
+        }
+    }
+    if adapted:
+        settings = model.peft_config["default"]
+        sections["adapter"] = {
+            "r": settings.r,
+            "lora_alpha": settings.lora_alpha,
+            "lora_dropout": settings.lora_dropout,
+            "target_modules": sorted({name.rsplit(".", 1)[-1] for name in settings.target_modules}),
+            "modules_to_save": sorted(_last_names(base) & set(settings.modules_to_save or ())),
+            "use_rslora": settings.use_rslora,
+            "use_dora": settings.use_dora,
+            "init": tuning.adapter.lora_init,
+        }
+    if tuning.quantization.load_in_4bit:
+        sections["quantization"] = {
+            "bits": 4,
+            "type": tuning.quantization.bnb_4bit_quant_type,
+            "double_quantization": tuning.quantization.bnb_4bit_use_double_quant,
+            "compute_dtype": "bfloat16",
+            "optimizer": training.optim,
+        }
+    return sections
+
+
+def _last_names(model: PreTrainedModel) -> set[str]:
+    return {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+
+
+def save_tuned_model(trainer) -> None:
+    """Writes the model, or the adapter, into the run folder, and where its replies end."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(model, PeftModel):
+        save_adapter(trainer, trainer.args.output_dir)
+        if trainer.args.should_save and model.get_base_model().can_generate():
+            model.get_base_model().generation_config.save_pretrained(trainer.args.output_dir)
+    else:
+        model.config.use_cache = True  # Trainer switches it off, and the published model is there to generate
+        save_whole_model(trainer)
