@@ -63,7 +63,7 @@ def opened_by_a_stranger(saved, resaved, input_ids) -> dict:
 def assert_whole(folder):
     assert {file.name for file in folder.iterdir()} - {"generation_config.json"} == FILES
     config = json.loads((folder / "config.json").read_text())
-    assert config["auto_map"].keys() == {"AutoConfig", *CLASSES}
+    assert config["auto_map"].keys() == {"AutoConfig", "AutoModelForDecision", *CLASSES}
 
 
 def test_a_folder_opens_without_the_package(tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_llama_style.LlamaStyleConfig",
     "AutoModel": "modeling_llama_style.LlamaStyleModel",
     "AutoModelForCausalLM": "modeling_llama_style.LlamaStyleForCausalLM",
+    # `transformers serve` (5.23) opens custom code by this class alone.
+    "AutoModelForDecision": "modeling_llama_style.LlamaStyleForCausalLM",
     "AutoModelForSequenceClassification": "modeling_llama_style.LlamaStyleForSequenceClassification",
 }
 
