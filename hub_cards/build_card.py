@@ -21,6 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .confusion import PICTURED_CLASSES, draw_confusion, most_confused, side
 from .plots import WIDE, draw_curves
 from .readable_numbers import count, duration, quantity
+from .tuned_models import describe_tuning
 
 TEMPLATES = Path(__file__).parent / "templates"
 ASSETS = "card_assets"
@@ -45,6 +46,11 @@ OPTIONAL_SECTIONS = {
     "image": {},
     "base_license": None,
     "base_run": {},
+    "adapter": {},
+    "quantization": {},
+    "merged": {},
+    "counts": {},
+    "evaluations": [],
     "comparisons": [],
     "confusion": {},
     "per_class": [],
@@ -80,21 +86,48 @@ HUB_METADATA = {
         },
     },
     "train_tokenizer": {"tags": ["tokenizer"], "metrics": {}},
+    "sft": {
+        "pipeline_tag": "text-generation",
+        "tags": ["sft", "trl", "conversational"],
+        "metrics": {
+            "eval_loss": ("loss", "loss (nats a token)"),
+            "eval_perplexity": ("perplexity", "perplexity (per token)"),
+            "eval_token_accuracy": ("accuracy", "tokens predicted right"),
+        },
+    },
+    "dpo": {
+        "pipeline_tag": "text-generation",
+        "tags": ["dpo", "trl", "conversational"],
+        "metrics": {"eval_accuracy": ("accuracy", "pairs whose preferred answer gained more")},
+    },
+    "reward": {
+        "pipeline_tag": "text-classification",
+        "tags": ["reward-model", "trl"],
+        "metrics": {"eval_accuracy": ("accuracy", "pairs whose preferred answer scores higher")},
+    },
 }
 LOSS_LABELS = {
+    "dpo": "DPO loss",
+    "reward": "Bradley-Terry loss (nats a pair)",
     "pretrain_fcmae": "mean squared error, removed patches",
     "finetune_classifier": "cross-entropy (nats an image)",
 }
+# Of what a curve of accuracy is a share, where that is not images.
+ACCURACY_OF = {"sft": "tokens", "dpo": "pairs", "reward": "pairs"}
 # A card's table of classes is whole up to so many; beyond, it has the best and the worst.
 LISTED_CLASSES, EXTREME_CLASSES = 50, 10
 # Arguments about where a run's files are and what it says meanwhile, and what the card shows elsewhere.
 NOT_HYPERPARAMETERS = {
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
     "compare_with",
     "dataset",
     "dataset_config",
     "dataset_split",
     "dataloader_persistent_workers",
+    "device_memory_gib",
     "disable_tqdm",
+    "dry_run",
     "eval_dataset",
     "eval_dataset_split",
     "eval_steps",
@@ -104,7 +137,13 @@ NOT_HYPERPARAMETERS = {
     "image_column",
     "label_column",
     "label_smoothing_factor",
+    "load_in_4bit",
     "logging_steps",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_init",
+    "lora_r",
+    "lora_target_modules",
     "matmul_peak_gflops",
     "model",
     "output_dir",
@@ -123,7 +162,11 @@ NOT_HYPERPARAMETERS = {
     "streaming",
     "text_column",
     "tokenizer",
+    "trust_remote_code",
     "use_cpu",
+    "use_dora",
+    "use_peft",
+    "use_rslora",
 }
 
 
@@ -149,8 +192,9 @@ def build_card(folder: str | Path) -> Path:
             train_data=run["data"].get("train", {}),
             eval_data=run["data"].get("eval", {}),
             base_model=_base_model(run),
+            tuning=describe_tuning(run),
             custom_code="auto_map" in run.get("model", {}).get("config", {}),
-            license=_license(run),
+            license=result_license(run),
             hyperparameters={
                 field: value
                 for field, value in (run["arguments"] | run["training"]).items()
@@ -171,7 +215,8 @@ def _draw(run: dict[str, Any], folder: Path) -> dict[str, str]:
     """Draws or copies the card's pictures into `folder/card_assets/`; returns the file's name of each."""
     assets = folder / ASSETS
     loss_label = LOSS_LABELS.get(run["task"], "cross-entropy (nats a token)")
-    plots = draw_curves(run["history"], run["metrics"], assets, loss_label, run["comparisons"])
+    accuracy_of = ACCURACY_OF.get(run["task"], "images")
+    plots = draw_curves(run["history"], run["metrics"], assets, loss_label, run["comparisons"], accuracy_of)
     if run["confusion"] and (file := draw_confusion(run["confusion"]["labels"], run["confusion"]["counts"], assets)):
         plots["confusion"] = file
     pictures = [sample["picture"] for sample in run["samples"] if "picture" in sample]
@@ -190,17 +235,20 @@ def _base_model(run: dict[str, Any]) -> str | None:
     return run["data"].get("model", {}).get("path")
 
 
-def _license(run: dict[str, Any]) -> str | None:
+def result_license(run: dict[str, Any]) -> str | None:
     """On what terms the run's result may be passed on, in the Hub's spelling; None where no run knows.
 
     It is the licence of the text or images, unless the weights that the run began with have their own, which prevails,
-    or were made from data whose terms this run does not know.
+    or are under other terms, or were made from data whose terms this run does not know.
     """
-    if run["base_license"]:
+    if run.get("base_license"):
         return run["base_license"].lower()
-    info = run["data"].get("train", {}).get("info", {})
-    if _base_model(run) is None or ("name" in info and run["base_run"].get("data") == info["name"]):
-        return info.get("license")
+    info, base_run = run["data"].get("train", {}).get("info", {}), run.get("base_run", {})
+    license = info.get("license")
+    if base_run.get("license"):
+        return license if license and license.lower() == base_run["license"].lower() else None
+    if _base_model(run) is None or ("name" in info and base_run.get("data") == info["name"]):
+        return license
     return None
 
 
@@ -313,18 +361,19 @@ def _longest_backticks(text: str) -> int:
 
 def _metadata(run: dict[str, Any], name: str) -> ModelCardData:
     """The card's YAML header, which the Hub searches and shows beside the card."""
-    hub = HUB_METADATA[run["task"]]
+    hub, tuning = HUB_METADATA[run["task"]], describe_tuning(run)
     info = run["data"].get("train", {}).get("info", {})
     config = run.get("model", {}).get("config", {})
     tags = [config["model_type"]] if "model_type" in config else []
-    tags += hub["tags"] + (["custom_code"] if "auto_map" in config else [])
+    tags += hub["tags"] + tuning["tags"] + (["custom_code"] if "auto_map" in config else [])
     # A sample's name or a local file's path would be taken for a data set on the Hub.
-    datasets = [data["dataset"] for data in run["data"].values() if data.get("source") == "hub"]
+    datasets = [data["dataset"] for data in run["data"].values() if data.get("source") == "hub" and "dataset" in data]
     results = _eval_results(run)
     return ModelCardData(
-        library_name="transformers",
+        library_name="peft" if tuning["adapter_only"] else "transformers",
+        base_model=_base_model(run) if tuning["base_on_hub"] else None,
         pipeline_tag=hub.get("pipeline_tag"),
-        license=_license(run),
+        license=result_license(run),
         language=info.get("language"),
         datasets=sorted(set(datasets)) or None,
         tags=tags or None,

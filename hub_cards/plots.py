@@ -35,11 +35,16 @@ STYLE = {
     "legend.frameon": False,
 }
 
+# By what they are shares of, the held-out accuracies and their names.
 ACCURACIES = {
-    "accuracy": "top-1",
-    "top5_accuracy": "top-5",
-    "knn_accuracy": "k nearest neighbours",
-    "linear_accuracy": "linear probe",
+    "images": {
+        "accuracy": "top-1",
+        "top5_accuracy": "top-5",
+        "knn_accuracy": "k nearest neighbours",
+        "linear_accuracy": "linear probe",
+    },
+    "tokens": {"token_accuracy": "predicted right"},
+    "pairs": {"accuracy": "preferred answer above the other"},
 }
 
 Point = tuple[float, float]
@@ -51,6 +56,7 @@ def draw_curves(
     folder: Path,
     loss_label: str,
     comparisons: list[dict[str, Any]] = (),
+    accuracy_of: str = "images",
 ) -> dict[str, str]:
     """Draws the curves of a training as PNG files into `folder`, which is created where needed.
 
@@ -60,13 +66,16 @@ def draw_curves(
         loss_label: what the loss is, with its unit.
         comparisons: other runs, each with its `name` and `metrics`; the accuracy of up to three of them, as many as can
             be told apart, becomes a line to compare with.
+        accuracy_of: what an accuracy is a share of: images, tokens or pairs.
 
     Returns the file's name for each picture drawn: of `loss`, `bits_per_byte`, `accuracy` and `learning_rate`.
     """
     loss, held_out_loss = _points(history, "loss"), _points(history, "eval_loss")
     bits_per_byte, learning_rate = _points(history, "eval_bits_per_byte"), _points(history, "learning_rate")
     accuracies = {
-        name: points for key, name in ACCURACIES.items() if len(points := _points(history, f"eval_{key}")) > 1
+        name: points
+        for key, name in ACCURACIES[accuracy_of].items()
+        if len(points := _points(history, f"eval_{key}")) > 1
     }
     compressors = {
         name: metrics[key]
@@ -86,7 +95,9 @@ def draw_curves(
             others = {
                 run["name"]: run["metrics"]["eval_accuracy"] for run in comparisons if "eval_accuracy" in run["metrics"]
             }
-            figures["accuracy"] = _accuracy_figure(accuracies, others if len(others) <= len(DASHES) else {})
+            figures["accuracy"] = _accuracy_figure(
+                accuracies, others if len(others) <= len(DASHES) else {}, f"share of the {accuracy_of}"
+            )
         if len(learning_rate) > 1:
             figures["learning_rate"] = _learning_rate_figure(learning_rate)
         for name, figure in figures.items():
@@ -122,8 +133,8 @@ def _add_scale(axes: Axes, seen: list[Point], label: str) -> None:
     top.set_xlabel(label, loc="right")
 
 
-def _accuracy_figure(accuracies: dict[str, list[Point]], others: dict[str, float]) -> Figure:
-    figure, axes = _figure(HALF, title="Accuracy, held-out", y_label="share of the images")
+def _accuracy_figure(accuracies: dict[str, list[Point]], others: dict[str, float], y_label: str) -> Figure:
+    figure, axes = _figure(HALF, title="Accuracy, held-out", y_label=y_label)
     for (name, points), color, marker in zip(accuracies.items(), (HELD_OUT, TRAINING), "os", strict=False):
         axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, label=name)
     for (name, value), dashes in zip(others.items(), DASHES, strict=False):
