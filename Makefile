@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart quickstart-language quickstart-vision demo-vision test test-slow lint format clean
+.PHONY: quickstart quickstart-language quickstart-chat quickstart-vision demo-vision test test-slow lint format clean
 
 quickstart: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m training.quickstart
 
-quickstart-language quickstart-vision: quickstart-%: $(INSTALLED)
+quickstart-language quickstart-chat quickstart-vision: quickstart-%: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m training.quickstart $*
 
 # Three seeds of a longer pretraining, each beside training from scratch; about half an hour.

@@ -16,7 +16,7 @@ from training_runs import run as run_command
 from hf_models import LlamaStyleForCausalLM
 from hf_models.bpe_tokenizer import train_bpe
 from training.pretrain_lm import prepare
-from training.quickstart import HALVES, PROMPTS, open_as_a_stranger
+from training.quickstart import PARTS, PROMPTS, open_as_a_stranger
 from training.text_data import load_text_dataset
 
 TINY_MODEL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -122,7 +122,7 @@ def test_the_folder_opens_with_every_auto_class_and_the_pipeline(finished, tmp_p
 
 
 def test_the_folder_opens_where_hf_models_is_not_installed(finished, capfd):
-    open_as_a_stranger(HALVES["language"], finished)
+    open_as_a_stranger(PARTS["language"], finished)
     printed = capfd.readouterr().out
     assert all(prompt in printed for prompt in PROMPTS)
     names = {path.suffix for path in finished.iterdir() if path.is_file()}

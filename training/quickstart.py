@@ -1,15 +1,17 @@
 """The main job on the sample data, start to finish, in minutes on two CPU cores: `make quickstart`.
 
-    python -m training.quickstart             # both halves, or one of them:
+    python -m training.quickstart             # all of it, or one part:
     python -m training.quickstart language    # text -> tokenizer -> language model
+    python -m training.quickstart chat        # language model -> adapter that answers -> merged model -> a conversation
     python -m training.quickstart vision      # images -> pretrained encoder -> classifier, beside one from scratch
 
 Each stage is the command that a user would type, with a recipe; its folder is the next one's input. A second call finds
-finished stages finished and goes on with the rest. Each half ends with its model opened as a stranger would open it,
+finished stages finished and goes on with the rest. Each part ends with its model opened as a stranger would open it,
 where hf_models cannot be imported.
 """
 
 import argparse
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,10 @@ from typing import NamedTuple
 from .image_data import decode_image, load_image_dataset
 
 RECIPES = "training/recipes"
+VISION_RECIPES = f"{RECIPES}/convnextv2_fcmae"
+CHAT = Path("runs/quickstart/chat")
 PROMPTS = ("The river", "In mathematics,", "Marie Curie was")
+QUESTIONS = ("Who was Marie Curie?", "What is a river?", "Hello! How are you today?")
 SHOWN_IMAGES = 6
 
 # Run by a process that has never heard of us: the import is made to fail, and the folder's own code must do.
@@ -41,6 +46,14 @@ for prompt in inputs:
     tokens = model.generate(**tokens, max_new_tokens=48, do_sample=True, temperature=0.7, top_p=0.9)
     print("  " + " ".join(tokenizer.decode(tokens[0], skip_special_tokens=True).split()))
 """
+ANSWER_QUESTIONS = """
+from transformers import pipeline
+
+answer = pipeline("text-generation", folder, trust_remote_code=True)
+for question in inputs:
+    conversation = answer([{"role": "user", "content": question}], max_new_tokens=96, do_sample=False)
+    print(f"  {question} | {conversation[0]['generated_text'][-1]['content']}")
+"""
 CLASSIFY_IMAGES = """
 from pathlib import Path
 from transformers import pipeline
@@ -52,10 +65,10 @@ for file in inputs:
 """
 
 
-class Half(NamedTuple):
-    """Stages as (module, recipe), the folder that the last one writes, and what a stranger does with it."""
+class Part(NamedTuple):
+    """Stages as (module, its arguments), the folder of the finished model, and what a stranger does with it."""
 
-    stages: tuple[tuple[str, str], ...]
+    stages: tuple[tuple[str, ...], ...]
     model: Path
     auto_class: str
     code: str
@@ -73,22 +86,33 @@ def write_images(folder: Path) -> list[str]:
     return list(map(str, files))
 
 
-HALVES = {
-    "language": Half(
+PARTS = {
+    "language": Part(
         (
-            ("training.train_tokenizer", f"{RECIPES}/bpe_tokenizer/quickstart.yaml"),
-            ("training.pretrain_lm", f"{RECIPES}/llama_style/pretrain_quickstart.yaml"),
+            ("training.train_tokenizer", "--config", f"{RECIPES}/bpe_tokenizer/quickstart.yaml"),
+            ("training.pretrain_lm", "--config", f"{RECIPES}/llama_style/pretrain_quickstart.yaml"),
         ),
         Path("runs/quickstart/language_model"),
         "AutoModelForCausalLM",
         CONTINUE_PROMPTS,
         lambda folder: list(PROMPTS),
     ),
-    "vision": Half(
+    "chat": Part(
         (
-            ("training.pretrain_fcmae", f"{RECIPES}/convnextv2_fcmae/pretrain_emoji_quickstart.yaml"),
-            ("training.finetune_classifier", f"{RECIPES}/convnextv2_fcmae/finetune_emoji_scratch_quickstart.yaml"),
-            ("training.finetune_classifier", f"{RECIPES}/convnextv2_fcmae/finetune_emoji_quickstart.yaml"),
+            ("training.sft", "--config", f"{RECIPES}/llama_style/sft_quickstart.yaml"),
+            ("training.merge_adapter", "--adapter", "runs/quickstart/chat_adapter", "--output_dir", str(CHAT)),
+            ("training.chat", "--model", str(CHAT), "--temperature", "0", "--prompt", QUESTIONS[0]),
+        ),
+        CHAT,
+        'pipeline("text-generation")',
+        ANSWER_QUESTIONS,
+        lambda folder: list(QUESTIONS),
+    ),
+    "vision": Part(
+        (
+            ("training.pretrain_fcmae", "--config", f"{VISION_RECIPES}/pretrain_emoji_quickstart.yaml"),
+            ("training.finetune_classifier", "--config", f"{VISION_RECIPES}/finetune_emoji_scratch_quickstart.yaml"),
+            ("training.finetune_classifier", "--config", f"{VISION_RECIPES}/finetune_emoji_quickstart.yaml"),
         ),
         Path("runs/quickstart/classifier"),
         'pipeline("image-classification")',
@@ -100,35 +124,35 @@ HALVES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.quickstart", description="The main job on sample data.")
-    parser.add_argument("half", nargs="?", choices=HALVES, help="by default both")
-    chosen = parser.parse_args().half
+    parser.add_argument("part", nargs="?", choices=PARTS, help="by default all; chat needs language's model")
+    chosen = parser.parse_args().part
     start = time.perf_counter()
-    halves = [HALVES[chosen]] if chosen else list(HALVES.values())
-    for half in halves:
-        run_half(half)
-    cards = ", ".join(str(half.model / "README.md") for half in halves)
+    parts = [PARTS[chosen]] if chosen else list(PARTS.values())
+    for part in parts:
+        run_part(part)
+    cards = ", ".join(str(part.model / "README.md") for part in parts)
     print(f"\n== Done in {time.perf_counter() - start:.0f} s. To read: {cards}")
 
 
-def run_half(half: Half) -> None:
+def run_part(part: Part) -> None:
     start = time.perf_counter()
-    for module, recipe in half.stages:
+    for stage in part.stages:
         stage_start = time.perf_counter()
-        print(f"\n== python -m {module} --config {recipe}", flush=True)
-        ended = subprocess.run([sys.executable, "-m", module, "--config", recipe])
+        print(f"\n== python -m {shlex.join(stage)}", flush=True)
+        ended = subprocess.run([sys.executable, "-m", *stage])
         if ended.returncode != 0:
             sys.exit(ended.returncode)
         print(f"== {time.perf_counter() - stage_start:.0f} s", flush=True)
-    print(f"\n== Opening {half.model} with {half.auto_class} where hf_models is not to be had", flush=True)
-    open_as_a_stranger(half, half.model)
+    print(f"\n== Opening {part.model} with {part.auto_class} where hf_models is not to be had", flush=True)
+    open_as_a_stranger(part, part.model)
     print(f"== {time.perf_counter() - start:.0f} s in all", flush=True)
 
 
-def open_as_a_stranger(half: Half, model: Path) -> None:
+def open_as_a_stranger(part: Part, model: Path) -> None:
     """Uses the folder `model` in a clean process in another place, which prints what comes out."""
     with tempfile.TemporaryDirectory() as elsewhere:
-        inputs = half.write_inputs(Path(elsewhere))
-        command = [sys.executable, "-c", STRANGER + half.code, str(model.resolve()), *inputs]
+        inputs = part.write_inputs(Path(elsewhere))
+        command = [sys.executable, "-c", STRANGER + part.code, str(model.resolve()), *inputs]
         subprocess.run(command, cwd=elsewhere, check=True)
 
 
