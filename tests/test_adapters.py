@@ -22,6 +22,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from trl.trainer.utils import add_fused_lm_head
 
 from hf_models.bpe_tokenizer import train_bpe
 from training.adapters import (
@@ -78,12 +79,12 @@ def opened(base, **options):
     return load_language_model(str(base), **{"dtype": torch.float32} | options)
 
 
-def adapted(base, model=None, task_type="CAUSAL_LM", added_tokens=False, output_dir=None, **fields):
+def adapted(base, model=None, task_type="CAUSAL_LM", added_tokens=False, new_tokens=(), output_dir=None, **fields):
     """A base opened from its folder, with an adapter of rank 4 around it."""
     arguments = AdapterArguments(use_peft=True, **{"lora_r": 4, "lora_alpha": 8} | fields)
     model = opened(base) if model is None else model
     options = {"task_type": task_type, "base": str(base), "added_tokens": added_tokens, "output_dir": output_dir}
-    return add_adapter(model, arguments, batches=batches, **options)
+    return add_adapter(model, arguments, batches=batches, new_tokens=new_tokens, **options)
 
 
 def batches():
@@ -209,6 +210,37 @@ def test_added_tokens_train_embeddings_and_head_which_stay_tied_where_they_were(
     for name, tensor in opened(bases / base).named_parameters():
         if "embed_tokens" in name or "lm_head" in name:
             assert not torch.equal(saved[f"base_model.model.{name}"][:280], tensor)
+
+
+@pytest.mark.parametrize("base", ["tied", "untied"])
+def test_rows_of_tokens_that_the_base_never_read_are_trained_alone(bases, base, tmp_path):
+    """In embeddings and head, the head's counting in TRL's loss, which multiplies by its weight."""
+    tokens = [277, 279]
+    model = adapted(bases / base, new_tokens=tokens)
+    add_fused_lm_head(model.get_base_model())
+    ids = torch.arange(2, 12)[None]
+    loss = model(input_ids=ids, labels=ids, fused_lm_head=True).loss
+    assert loss.item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
+    loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and "trainable_tokens" in name}
+    assert len({id(p) for p in trained.values()}) == (1 if base == "tied" else 2)
+    # None of the tokens is read: what gradient there is comes through the head.
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
+
+    train(model)
+    save_adapter(model, tmp_path)
+
+    again = open_for_inference(tmp_path)[0]
+    assert_same_logits(again, model)
+    merged = again.merge_and_unload()
+    assert_same_logits(merged, model)
+    for layer in (merged.get_input_embeddings(), merged.get_output_embeddings()):
+        fresh = opened(bases / base)
+        is_head = layer is merged.get_output_embeddings()
+        before = (fresh.get_output_embeddings() if is_head else fresh.get_input_embeddings()).weight
+        changed = (layer.weight != before).any(dim=1).nonzero().flatten().tolist()
+        assert set(changed) <= set(tokens)
+        assert changed or not is_head  # batches do not have them to read
 
 
 @pytest.mark.parametrize("base", ["tied", "untied"])

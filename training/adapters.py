@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.other import TrainableTokensWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -118,6 +119,7 @@ def add_adapter(
     task_type: str | None,
     base: str,
     added_tokens: bool = False,
+    new_tokens: Collection[int] = (),
     batches: Iterable[dict] | Callable[[], Iterable[dict]] | None = None,
     targets: list[str] | None = None,
     whole: Iterable[str] = (),
@@ -132,6 +134,8 @@ def add_adapter(
         task_type: "CAUSAL_LM", "SEQ_CLS", or None for anything else.
         base: the name or folder of `model`, by which the adapter's folder finds it again, relative to the working one.
         added_tokens: whether embeddings and head are trained whole, as new rows in them need. Tied ones stay tied.
+        new_tokens: ids of tokens that the base has a place for and never read, such as the marks of a chat: their rows
+            of embeddings and head are trained. (Not where parameters are sharded; train these layers whole there.)
         batches: of training rows, the model's arguments, the same ones in every process; read by `eva` alone.
         targets: full names of the layers to adapt by default, for a model whose layers are not a language model's.
         whole: names of further layers that are trained whole.
@@ -160,6 +164,7 @@ def add_adapter(
             init_lora_weights=True if arguments.lora_init == "default" else arguments.lora_init,
             eva_config=EvaConfig() if arguments.lora_init == "eva" else None,
             ensure_weight_tying=added_tokens and _tied(model),
+            trainable_token_indices=_rows(model, new_tokens),
             task_type=task_type,
             fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
         )
@@ -167,6 +172,9 @@ def add_adapter(
         if arguments.lora_init == "eva":
             _look_at_activations(adapted, batches)
     adapted.peft_config["default"].base_model_name_or_path = portable(base, "path")
+    head = model.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head.bias = None  # TRL asks for it, and PEFT answers for the weight only
     _join_dtypes(adapted)
     restore_float32(adapted)
     if arguments.splits_base or arguments.lora_init == "eva":
@@ -246,6 +254,12 @@ def _embedding_layers(model: PreTrainedModel) -> list[str]:
     """Of embeddings and head, the last parts of their names, as PEFT matches them."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     return [name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if any(layer is end for end in ends)]
+
+
+def _rows(model: PreTrainedModel, tokens: Collection[int]) -> dict[str, list[int]] | None:
+    """Rows to train, by layer; the head's follow by themselves where it is tied."""
+    layers = _embedding_layers(model)
+    return {layer: sorted(tokens) for layer in (layers[:1] if _tied(model) else layers)} if tokens else None
 
 
 def _tied(model: PreTrainedModel) -> bool:

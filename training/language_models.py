@@ -155,6 +155,14 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted(ends)
 
 
+def chat_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Special tokens that the chat template writes and plain text does not."""
+    roles = ("system", "user", "assistant")
+    chat = tokenizer.apply_chat_template([{"role": role, "content": "text"} for role in roles], tokenize=False)
+    marks = set(tokenizer(chat, add_special_tokens=False)["input_ids"]) & set(tokenizer.all_special_ids)
+    return sorted(marks - {tokenizer.bos_token_id, tokenizer.eos_token_id})
+
+
 def flops_per_token(model: torch.nn.Module) -> float:
     """Two for each weight that a token is multiplied with, forward and back, and two more where it is trained
     (arXiv 2001.08361, section 2.1); attention is not counted."""
