@@ -257,15 +257,15 @@ def _conversation(row: dict[str, Any], columns: list[str], place: str) -> dict[s
         return _prompt_and_completion(row["prompt"], row["completion"], place)
     value = row[columns[0]]
     if columns[0] in ("messages", "conversations"):
-        messages = _messages(value, columns[0], place)
-        _check_order(messages, place)
+        messages = check_messages(value, columns[0], place)
+        check_order(messages, place)
         if all(message["role"] != "assistant" for message in messages):
             raise ValueError(
                 f"{place} has no message of the role 'assistant': there is nothing to learn, remove the row."
             )
         return {"messages": messages}
     if not isinstance(value, str):
-        raise ValueError(f"{place} has {_shown(value)} in {columns[0]!r} where a string is expected: mend the row.")
+        raise ValueError(f"{place} has {shown(value)} in {columns[0]!r} where a string is expected: mend the row.")
     return {"text": value}
 
 
@@ -276,11 +276,11 @@ def _prompt_and_completion(prompt: Any, completion: Any, place: str) -> dict[str
         return {"prompt": prompt, "completion": completion}
     if not isinstance(prompt, list) or not isinstance(completion, list):
         raise ValueError(
-            f"{place} has {_shown(prompt)} as 'prompt' and {_shown(completion)} as 'completion': expected two strings "
+            f"{place} has {shown(prompt)} as 'prompt' and {shown(completion)} as 'completion': expected two strings "
             "or two lists of messages."
         )
-    asked, answered = _messages(prompt, "prompt", place), _messages(completion, "completion", place)
-    _check_order(asked + answered, place)
+    asked, answered = check_messages(prompt, "prompt", place), check_messages(completion, "completion", place)
+    check_order(asked + answered, place)
     if len(answered) != 1 or answered[0]["role"] != "assistant":
         raise ValueError(
             f"{place} has a 'completion' of {', '.join(message['role'] for message in answered)}: expected one message "
@@ -289,33 +289,33 @@ def _prompt_and_completion(prompt: Any, completion: Any, place: str) -> dict[str
     return {"prompt": asked, "completion": answered}
 
 
-def _messages(value: Any, column: str, place: str) -> list[dict[str, str]]:
+def check_messages(value: Any, column: str, place: str) -> list[dict[str, str]]:
     """The messages with nothing but role and content, both strings and not empty."""
     if not isinstance(value, list):
-        raise ValueError(f"{place} has {_shown(value)} in {column!r} where a list of messages is expected.")
+        raise ValueError(f"{place} has {shown(value)} in {column!r} where a list of messages is expected.")
     if not value:
         raise ValueError(f"{place} has no messages in {column!r}: remove the row.")
     messages = []
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict):
-            raise ValueError(f"{place}, message {number} is {_shown(message)} where {{role, content}} is expected.")
+            raise ValueError(f"{place}, message {number} is {shown(message)} where {{role, content}} is expected.")
         given = {key: part for key, part in message.items() if part is not None}  # what arrow fills up with
         message = maybe_convert_to_chatml({"messages": [given]})["messages"][0]
         role, content = message.get("role"), message.get("content")
         role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
             raise ValueError(
-                f"{place}, message {number} has the role {_shown(role)}: expected one of {', '.join(ROLES)}."
+                f"{place}, message {number} has the role {shown(role)}: expected one of {', '.join(ROLES)}."
             )
         if not isinstance(content, str):
-            raise ValueError(f"{place}, message {number} ({role}) has {_shown(content)} as content: expected a string.")
+            raise ValueError(f"{place}, message {number} ({role}) has {shown(content)} as content: expected a string.")
         if not content.strip():
             raise ValueError(f"{place}, message {number} ({role}) is empty: mend or remove the row.")
         messages.append({"role": role, "content": content})
     return messages
 
 
-def _check_order(messages: list[dict[str, str]], place: str) -> None:
+def check_order(messages: list[dict[str, str]], place: str) -> None:
     first = int(messages[0]["role"] == "system")
     for number, message in enumerate(messages[first:]):
         expected = ROLES[1 + number % 2]
@@ -326,7 +326,7 @@ def _check_order(messages: list[dict[str, str]], place: str) -> None:
             )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)[:40]
 
 
@@ -344,9 +344,9 @@ def _tokenize(
     if chat_template is not None:
         encoded = _encode_messages(batch, indices, tokenizer, chat_template, marks)
     elif "text" in batch:
-        encoded = _encode_completions([""] * len(batch["text"]), batch["text"], tokenizer)
+        encoded = encode_completions([""] * len(batch["text"]), batch["text"], tokenizer)
     else:
-        encoded = _encode_completions(batch["prompt"], batch["completion"], tokenizer)
+        encoded = encode_completions(batch["prompt"], batch["completion"], tokenizer)
     rows: dict[str, list] = {"input_ids": [], "labels": [], "cut": []}
     for ids, trained in encoded:
         labels = [token if on else NO_LOSS for token, on in zip(ids, trained, strict=True)][:max_length]
@@ -365,11 +365,13 @@ def _encode_messages(
     """(token ids, whether the loss is taken on each) of the conversations that spell no special token."""
     prompts = batch.get("prompt")
     conversations = batch["messages"] if prompts is None else [p + c for p, c in zip(*batch.values(), strict=True)]
-    special = re.compile("|".join(map(re.escape, sorted(_special_tokens(tokenizer)))) or r"(?!)")
+    special = re.compile("|".join(map(re.escape, sorted(special_tokens(tokenizer)))) or r"(?!)")
     kept = [i for i, messages in enumerate(conversations) if not any(special.search(m["content"]) for m in messages)]
     if not kept:
         return
-    render = partial(_render, tokenizer=tokenizer, chat_template=chat_template, rows=[indices[i] + 1 for i in kept])
+    render = partial(
+        render_chats, tokenizer=tokenizer, chat_template=chat_template, rows=[indices[i] + 1 for i in kept]
+    )
     rendered = render([conversations[i] for i in kept], return_assistant_tokens_mask=marks)
     if prompts is not None:
         before = render([prompts[i] for i in kept], add_generation_prompt=True)["input_ids"]
@@ -383,7 +385,7 @@ def _encode_messages(
         yield from ((ids, [True] * len(ids)) for ids in rendered["input_ids"])
 
 
-def _render(
+def render_chats(
     conversations: list[list[dict]], tokenizer: PreTrainedTokenizerBase, chat_template: str, rows: list[int], **options
 ):
     """`apply_chat_template`, which adds no special token to those of the template. `rows` number the conversations."""
@@ -399,12 +401,12 @@ def _render(
         raise
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return added | set(tokenizer.all_special_tokens)
 
 
-def _encode_completions(
+def encode_completions(
     prompts: list[str], completions: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], list[bool]]]:
     """bos, prompt, completion, eos, with the loss on the last two; without a prompt, on everything."""
