@@ -37,7 +37,6 @@ from .quantization import QuantizationArguments, keep_adapter_dtype
 from .run_folder_trainer import RunFolderMixin
 from .run_record import RunRecord
 from .run_setup import (
-    RunFolderArguments,
     describe_training,
     evaluate_the_end,
     examples_per_step,
@@ -48,6 +47,7 @@ from .run_setup import (
 )
 from .tuning import (
     Tuning,
+    TuningTrainingArguments,
     check_tuning,
     describe_base,
     describe_tuned_model,
@@ -73,7 +73,7 @@ class SftArguments(LanguageModelArguments, ChatDataArguments):
 
 
 @dataclass
-class SftTrainingArguments(RunFolderArguments, SFTConfig):
+class SftTrainingArguments(TuningTrainingArguments, SFTConfig):
     output_dir: str = field(default="runs/sft", metadata={"help": "The run folder."})
     full_learning_rate: ClassVar[float] = 2e-5
     adapter_learning_rate: ClassVar[float] = 2e-4
@@ -98,15 +98,9 @@ class SftTrainingArguments(RunFolderArguments, SFTConfig):
         default=True,
         metadata={"help": "Take the loss on the assistant's turns only, rather than on all of `messages`."},
     )
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Compute activations twice rather than keep them: less memory, slower."}
-    )
-    bf16: bool | None = field(default=False, metadata={"help": "Chosen by --precision."})
 
     def __post_init__(self):
-        given, self.learning_rate = self.learning_rate, self.learning_rate or 0.0
         super().__post_init__()
-        self.learning_rate = given
         self.dataloader_drop_last = True  # an uneven end would be filled up with repeated rows, or be a smaller batch
 
 
@@ -177,12 +171,12 @@ def reply(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str) -> 
     """`text`, the likeliest answer to one question, and whether it `ended` within 128 tokens."""
     question = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    ends = end_of_turn_ids(tokenizer)
+    ends, context = end_of_turn_ids(tokenizer), getattr(model.config, "max_position_embeddings", 2**31)
     was_training = model.training
     model.eval()
     ids = model.generate(
         **inputs.to(model.device),
-        max_new_tokens=REPLY_TOKENS,
+        max_new_tokens=min(REPLY_TOKENS, context - inputs["input_ids"].shape[1]),
         do_sample=False,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id,
@@ -265,7 +259,9 @@ def prepare() -> tuple[SftTrainer, str | None] | None:
         training.max_length, tokenizer.pad_token_id, flatten="flash" in arguments.attn_implementation
     )
     collator = packed if training.packing else pad
-    model = with_adapter(model, tuning, training, added_tokens, lambda: (pad([row]) for row in tokenized["train"]))
+    model = with_adapter(
+        model, tokenizer, tuning, training, added_tokens, lambda: (pad([row]) for row in tokenized["train"])
+    )
     opened = open_run(training, "sft", given, data, model)
     if opened is None:
         return None

@@ -1,18 +1,23 @@
 """What fine-tuning's scripts (SFT, DPO, reward) share: a base that is tuned whole, by an adapter, or in 4 bits."""
 
+import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from accelerate.utils import str_to_bool
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import clone_chat_template
 
 from .adapters import AdapterArguments, add_adapter, save_adapter
+from .base_model import read_run
 from .language_models import (
     LanguageModelArguments,
+    chat_marks,
     end_of_turn_ids,
     load_config,
     load_language_model,
@@ -47,6 +52,20 @@ NOT_HONOURED = {
 }
 
 
+@dataclass
+class TuningTrainingArguments(RunFolderArguments):
+    """To put before TRL's config of a trainer. A class that derives from both gives the two learning rates."""
+
+    full_learning_rate: ClassVar[float]
+    adapter_learning_rate: ClassVar[float]
+
+    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Compute activations twice rather than keep them: less memory, slower."}
+    )
+    bf16: bool | None = field(default=False, metadata={"help": "Chosen by --precision."})
+
+
 # Of a config, what says how it was opened rather than what it describes.
 NO_SHAPE = ("_name_or_path", "quantization_config", "dtype")
 
@@ -60,7 +79,9 @@ class Tuning(NamedTuple):
     dry_run: DryRunArguments
 
 
-def check_tuning(tuning: Tuning, training: RunFolderArguments, given: dict[str, Any], module: str) -> PreTrainedConfig:
+def check_tuning(
+    tuning: Tuning, training: TuningTrainingArguments, given: dict[str, Any], module: str
+) -> PreTrainedConfig:
     """Raises ValueError for what can be told wrong before anything is read, and fills in what follows from the rest.
 
     Returns the config of the model.
@@ -93,7 +114,7 @@ def check_tuning(tuning: Tuning, training: RunFolderArguments, given: dict[str, 
 def predict_memory(
     config: PreTrainedConfig,
     tuning: Tuning,
-    training: RunFolderArguments,
+    training: TuningTrainingArguments,
     auto_class: type = AutoModelForCausalLM,
     sequences_per_example: int = 1,
     reference_copy: bool = False,
@@ -144,7 +165,7 @@ def describe_base(path: str) -> dict[str, str]:
 
 
 def open_base(
-    tuning: Tuning, training: RunFolderArguments, auto_class: type = AutoModelForCausalLM, **config_fields: Any
+    tuning: Tuning, training: TuningTrainingArguments, auto_class: type = AutoModelForCausalLM, **config_fields: Any
 ) -> tuple[PreTrainedModel, Tokenizer, list[int]]:
     """The model, its tokenizer, and the ids of the tokens that a chat template from elsewhere brought with it."""
     arguments = tuning.model
@@ -181,21 +202,31 @@ def open_base(
 
 def with_adapter(
     model: PreTrainedModel,
+    tokenizer: Tokenizer,
     tuning: Tuning,
-    training: RunFolderArguments,
+    training: TuningTrainingArguments,
     added_tokens: list[int],
     batches: Callable[[], Iterable[dict]],
 ) -> PreTrainedModel | PeftModel:
     """`model` itself, or with an adapter around it. `batches` are of training rows, for an initialisation that looks at
-    activations."""
+    activations.
+
+    To a base that was pretrained by us the marks of a chat are as new as tokens added now: it has never read them.
+    """
     if not tuning.adapter.use_peft:
         return model
+    base_run = read_run(tuning.model.model) or {}
+    unread = chat_marks(tokenizer) if base_run.get("task") == "pretrain_lm" and tokenizer.chat_template else []
+    sharded = (
+        training.deepspeed_plugin is not None or training.fsdp or str_to_bool(os.getenv("ACCELERATE_USE_FSDP", "no"))
+    )
     return add_adapter(
         model,
         tuning.adapter,
         task_type="CAUSAL_LM" if model.can_generate() else "SEQ_CLS",
         base=tuning.model.model,
-        added_tokens=bool(added_tokens),
+        added_tokens=bool(added_tokens or (unread and sharded)),
+        new_tokens=[] if added_tokens or sharded else unread,
         batches=batches,
         output_dir=training.output_dir,
     )
@@ -221,6 +252,7 @@ def describe_tuned_model(model: PreTrainedModel | PeftModel, tuning: Tuning, tra
             "lora_alpha": settings.lora_alpha,
             "lora_dropout": settings.lora_dropout,
             "target_modules": sorted({name.rsplit(".", 1)[-1] for name in settings.target_modules}),
+            "token_rows": len(next(iter((settings.trainable_token_indices or {"": []}).values()))),
             "modules_to_save": sorted(_last_names(base) & set(settings.modules_to_save or ())),
             "use_rslora": settings.use_rslora,
             "use_dora": settings.use_dora,
