@@ -157,7 +157,7 @@ def add_adapter(
             r=arguments.lora_r,
             lora_alpha=arguments.lora_alpha,
             lora_dropout=arguments.lora_dropout,
-            target_modules=names,
+            target_modules=_short_names(model, names),
             modules_to_save=trained_whole or None,
             use_rslora=arguments.use_rslora,
             use_dora=arguments.use_dora,
@@ -214,6 +214,13 @@ def _target_names(
     return sorted(set(found))
 
 
+def _short_names(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """The last parts of `names`, which other tools expect in an adapter's config, unless they mean more layers."""
+    ends = {name.rsplit(".", 1)[-1] for name in names}
+    meant = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in ends}
+    return sorted(ends) if meant == set(names) else names
+
+
 def _check_variant(model: PreTrainedModel, arguments: AdapterArguments, names: list[str]) -> None:
     layers = {name: model.get_submodule(name) for name in names}
     if not arguments.splits_base and arguments.lora_init != "eva":
@@ -258,8 +265,10 @@ def _embedding_layers(model: PreTrainedModel) -> list[str]:
 
 def _rows(model: PreTrainedModel, tokens: Collection[int]) -> dict[str, list[int]] | None:
     """Rows to train, by layer; the head's follow by themselves where it is tied."""
+    if not tokens:
+        return None
     layers = _embedding_layers(model)
-    return {layer: sorted(tokens) for layer in (layers[:1] if _tied(model) else layers)} if tokens else None
+    return {layer: sorted(tokens) for layer in (layers[:1] if _tied(model) else layers)}
 
 
 def _tied(model: PreTrainedModel) -> bool:
