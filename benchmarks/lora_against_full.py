@@ -20,29 +20,32 @@ from typing import Any
 
 from .measure import print_table, save
 
-RECIPE = "training/recipes/llama_style/sft_quickstart.yaml"
+SHARED = {
+    "dataset": "instructions",
+    "max_length": 256,
+    "attn_implementation": "eager",
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 50,
+    "warmup_steps": 10,
+    "lr_scheduler_type": "cosine",
+    "eval_on_start": True,
+    "save_strategy": "no",
+}
 WAYS = {
-    "full": {"use_peft": "false", "learning_rate": "1e-3"},
-    "LoRA": {"use_peft": "true", "learning_rate": "5e-3"},
-    "QLoRA": {"use_peft": "true", "load_in_4bit": "true", "learning_rate": "5e-3"},
+    "full": {"learning_rate": 1e-3},
+    "LoRA": {"learning_rate": 7e-3, "use_peft": True},
+    "QLoRA": {"learning_rate": 7e-3, "use_peft": True, "load_in_4bit": True},
 }
 
 
-def run(way: dict[str, str], folder: Path, arguments: argparse.Namespace, seed: int) -> dict[str, float]:
+def run(way: dict[str, Any], folder: Path, arguments: argparse.Namespace, seed: int) -> dict[str, float]:
     """One training; what it recorded, and its peak memory in bytes."""
-    fields = {
-        "model": arguments.model,
-        "max_steps": arguments.steps,
-        "lora_r": arguments.rank,
-        "lora_alpha": 2 * arguments.rank,
-        "seed": seed,
-        "eval_strategy": "steps",
-        "eval_steps": arguments.steps,
-        "save_strategy": "no",
-        "output_dir": folder,
-    } | way
+    fields = SHARED | way | {"model": arguments.model, "dataset_split": arguments.split, "output_dir": folder}
+    fields |= {"max_steps": arguments.steps, "eval_steps": arguments.steps, "seed": seed}
+    if "use_peft" in way:
+        fields |= {"lora_r": arguments.rank, "lora_alpha": 2 * arguments.rank}
     words = [str(word) for name, value in fields.items() for word in (f"--{name}", value)]
-    peak = peak_of([sys.executable, "-m", "training.sft", "--config", RECIPE, *words])
+    peak = peak_of([sys.executable, "-m", "training.sft", *words])
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     steps = [entry for entry in record["history"] if "loss" in entry]
     tokens_per_step = steps[-1]["tokens_seen"] / steps[-1]["step"]
@@ -80,7 +83,8 @@ def summarise(runs: list[dict[str, float]], floor: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lora_against_full", description=__doc__)
     parser.add_argument("--model", default="runs/quickstart/language_model", help="the base; default: %(default)s")
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps; default: %(default)s")
+    parser.add_argument("--split", default="train", help="of the conversations; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps; default: %(default)s")
     parser.add_argument("--rank", type=int, default=8, help="of the adapters; default: %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each way; default: %(default)s")
     arguments = parser.parse_args()
@@ -97,8 +101,9 @@ def main() -> None:
         shutil.rmtree(scratch)
     rows = {name: summarise(runs, floor) for name, runs in results.items()}
     full, lora = rows["full"], rows["LoRA"]
+    before = f"held-out loss before training {full['eval_loss_before']:.4f}"
     print_table(
-        f"{arguments.steps} steps, rank {arguments.rank}, {arguments.seeds} seeds; before training {full['eval_loss_before']:.4f}",
+        f"{arguments.steps} steps on {arguments.split}, rank {arguments.rank}, {arguments.seeds} seeds; {before}",
         ["", "held-out loss", "against full", "trained", "share", "stored", "s/step", "peak above the libraries"],
         [
             [

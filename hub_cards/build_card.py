@@ -181,7 +181,10 @@ def build_card(folder: str | Path) -> Path:
     template = _template(run["task"])
     # A card is read in many places: where the run has no home on the Hub, the code opens the folder beside the reader.
     name = run["hub_id"].split("/")[-1] if "hub_id" in run else folder.resolve().name
-    repo = run.get("hub_id", f"./{name}")
+    tuning = describe_tuning(run)
+    # An adapter names its base by a path from the folder in which it was trained: so then does the code its folder.
+    from_there = tuning["adapter_only"] and not tuning["base_on_hub"] and "output_dir" in run["arguments"]
+    repo = run.get("hub_id", run["arguments"]["output_dir"] if from_there else f"./{name}")
     try:
         plots = _draw(run, folder)
         text = template.render(
@@ -192,7 +195,7 @@ def build_card(folder: str | Path) -> Path:
             train_data=run["data"].get("train", {}),
             eval_data=run["data"].get("eval", {}),
             base_model=_base_model(run),
-            tuning=describe_tuning(run),
+            tuning=tuning,
             custom_code="auto_map" in run.get("model", {}).get("config", {}),
             license=result_license(run),
             hyperparameters={
@@ -333,7 +336,8 @@ def python_string(text: str) -> str:
 
 def cell(value: Any) -> str:
     """`value` in one cell of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def plain(text: str) -> str:
@@ -348,7 +352,9 @@ def inline_code(text: str) -> str:
 
 
 def fenced(text: str) -> str:
-    """`text` as a Markdown code block, as it is but for long lines, which the Hub would hide behind a scroll bar."""
+    """`text` as a Markdown code block, as it is but for control characters, and long lines, which the Hub would hide
+    behind a scroll bar."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
     fence = "`" * max(3, _longest_backticks(text) + 1)
     wrapper = textwrap.TextWrapper(SAMPLE_WIDTH, expand_tabs=False, replace_whitespace=False, break_on_hyphens=False)
     lines = [part for line in text.split("\n") for part in wrapper.wrap(line) or [""]]

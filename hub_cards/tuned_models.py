@@ -34,6 +34,8 @@ def describe_tuning(run: dict[str, Any]) -> dict[str, Any]:
         "adapter_only": bool(adapter) and not run["merged"],
         "base_on_hub": run["data"].get("model", {}).get("source") == "hub",
         "tags": [],
+        # PiSSA and OLoRA are stored with their beginning beside them (`training.adapters.make_plain`).
+        "stored_ranks": 2 if adapter.get("init", "").startswith(("pissa", "olora")) else 1,
         "method": _method(adapter, run["quantization"]) if adapter else None,
         "quantized": _quantized(run["quantization"]),
         "evaluated": evaluated,

@@ -26,11 +26,10 @@ ARGUMENTS = {
     "logging_steps": 2,
     "eval_steps": 6,
     "save_steps": 4,
-    "lora_r": 4,
     "disable_tqdm": True,
     "use_cpu": True,
 }
-LORA = {"use_peft": True}
+LORA = {"use_peft": True, "lora_r": 4}
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +216,7 @@ def test_an_adapter_on_four_bits_leaves_the_base_as_it_is(inputs, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
 def test_two_processes_make_the_run_of_one(inputs, tmp_path, options):
-    alone = run(inputs, tmp_path / "one", **options, lora_dropout=0.0, max_steps=3)
+    alone = run(inputs, tmp_path / "one", **options, max_steps=3)
     assert alone.returncode == 0, alone.stderr
     together = run(
         inputs, tmp_path / "two", accelerate_two_processes(29631), **options, per_device_train_batch_size=2, max_steps=3
@@ -235,6 +234,7 @@ def test_two_processes_make_the_run_of_one(inputs, tmp_path, options):
         ({"load_in_4bit": True}, "--use_peft true"),
         ({"max_length": 4096}, "does not fit the model's context of 256 tokens"),
         ({"padding_free": True}, "--padding_free has no effect here"),
+        ({"lora_r": 4}, "--lora_r has no effect without --use_peft true"),
         ({"model": "nowhere"}, "'nowhere' cannot be opened"),
         ({"per_device_train_batch_size": 512}, "a step takes 512"),
         ({"lora_r": 0, "use_peft": True}, "--lora_r is 0"),

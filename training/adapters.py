@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -491,9 +492,17 @@ def open_for_inference(
         model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter has what is new in them
     if (Path(path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
-    with _plain_copy(path) as folder:
+    with _plain_copy(path) as folder, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks for it
         adapted = PeftModel.from_pretrained(model, folder)
     return adapted.eval(), tokenizer
+
+
+def open_writer(path: str | Path, **options: Any) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """`open_for_inference` of a model that writes text; ValueError where it gives scores."""
+    if is_adapter_folder(path) and _read_config(path)["task_type"] == "SEQ_CLS":
+        raise ValueError(f"{path} holds the adapter of a reward model, which writes no text: give a language model.")
+    return open_for_inference(path, **options)
 
 
 def base_of(adapter_folder: str | Path, given: str | None = None, trust_remote_code: bool = False) -> str:

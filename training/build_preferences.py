@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import open_for_inference
+from .adapters import open_writer
 from .chat_data import ChatDataArguments, describe_rows, load_conversations
 from .command_line import parse_arguments, plain_errors
 from .language_models import end_of_turn_ids
@@ -208,7 +208,7 @@ def run(arguments: BuildArguments) -> dict[str, Any]:
     rows = {name: load_answered(arguments, split) for name, split in splits.items()}
     data = {name: describe_rows(rows[name], arguments.dataset, split) for name, split in splits.items()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = open_for_inference(arguments.model, device=device)
+    model, tokenizer = open_writer(arguments.model, device=device)
     built, counts = {}, {}
     torch.manual_seed(arguments.seed)
     for name in rows:

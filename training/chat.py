@@ -33,7 +33,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from .adapters import base_of, is_adapter_folder, open_for_inference
+from .adapters import base_of, is_adapter_folder, open_writer
 from .command_line import parse_arguments, plain_errors
 from .language_models import DTYPES, LanguageModelArguments, end_of_turn_ids, load_config
 from .quantization import QuantizationArguments, check_quantizable, quantization_config
@@ -300,7 +300,7 @@ def open_chat(arguments: ChatArguments, quantization: QuantizationArguments) -> 
         path, trust = arguments.model, arguments.trust_remote_code
         whole = base_of(path, arguments.base, trust) if is_adapter_folder(path) else path
         check_quantizable(load_config(whole, trust), quantization, trust)
-    model, tokenizer = open_for_inference(
+    model, tokenizer = open_writer(
         arguments.model,
         dtype="auto" if arguments.dtype is None else getattr(torch, arguments.dtype),
         attn_implementation=arguments.attn_implementation,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import yaml
 from trl.scripts.utils import TrlParser
@@ -33,6 +33,7 @@ def parse_arguments(*dataclass_types: type, description: str = "") -> tuple[Any,
     if not recipe:
         raise ValueError("--config has no value: name a recipe, such as training/recipes/.../quickstart.yaml.")
     parser = TrlParser(dataclass_types, description=f"{description} {RECIPE_HELP}", allow_abbrev=False)
+    parser.error = _raise  # argparse's would print the usage, all fields of it, before the message
     try:
         *parsed, unknown_in_recipe, unknown_words = parser.parse_args_and_config(
             words, return_remaining_strings=True, separate_remaining_strings=True
@@ -64,6 +65,10 @@ def parse_arguments(*dataclass_types: type, description: str = "") -> tuple[Any,
                 _check_type(field.name, kinds[field.name], value)
                 given[field.name] = value
     return *parsed, given
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(f"On the command line, {message}.")
 
 
 def _check_type(name: str, kind: Any, value: Any) -> None:

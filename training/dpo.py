@@ -131,6 +131,8 @@ class DpoTrainer(PairTrainerMixin, DPOTrainer):
 
 
 def check_reference(training: DpoTrainingArguments) -> None:
+    if training.beta <= 0:
+        raise ValueError(f"--beta is {training.beta}: give more than 0.")
     if training.sync_ref_model:
         raise ValueError(
             "--sync_ref_model moves the reference along, which checkpoints do not keep: leave it off, or begin a "

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hub_cards.build_card import TEMPLATES, build_card
 
-from .adapters import open_for_inference
+from .adapters import open_writer
 from .base_model import read_run
 from .command_line import parse_arguments, plain_errors
 from .dataset_source import local_path
@@ -351,7 +351,7 @@ def main() -> None:
     with plain_errors():
         arguments, quantization, _ = parse_arguments(EvaluationArguments, QuantizationArguments, description=__doc__)
         inputs = read_inputs(arguments)
-        model, tokenizer = open_for_inference(
+        model, tokenizer = open_writer(
             arguments.model,
             dtype="auto" if arguments.dtype is None else getattr(torch, arguments.dtype),
             quantization_config=quantization_config(quantization),

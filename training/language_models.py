@@ -97,7 +97,9 @@ def load_language_model(
 
     Raises ValueError, in one sentence: nothing at `path`, an adapter, unreadable or missing weights.
     """
-    load_config(path, trust_remote_code)
+    config = load_config(path, trust_remote_code)
+    if auto_class is AutoModelForCausalLM and str(config.architectures).endswith("ForSequenceClassification']"):
+        raise ValueError(f"{path} holds a reward model or classifier, which writes no text: give a language model.")
     if quantization_config is not None:  # None given would undo the quantisation of a folder that holds 4 bits
         kwargs["quantization_config"] = quantization_config
     try:

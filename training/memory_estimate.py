@@ -238,7 +238,8 @@ def lighter_shapes(shape: TrainingShape) -> dict[str, TrainingShape]:
         optimizer = "paged_adamw_8bit" if shape.device_type == "cuda" else "adamw_bnb_8bit"
         quantization = QuantizationArguments(load_in_4bit=True)
         name = "--load_in_4bit true" if shape.has_adapter else "--use_peft true --load_in_4bit true"
-        changes[name] = {**adapter, "quantization": quantization, "optimizer": optimizer}
+        dtype = torch.bfloat16 if shape.dtype == torch.float16 else shape.dtype  # as `tuning` opens it
+        changes[name] = {**adapter, "quantization": quantization, "optimizer": optimizer, "dtype": dtype}
     shapes = {option: replace(shape, **change) for option, change in changes.items()}
     if len(changes) > 1:
         # 4 bits come last and bring --use_peft themselves.

@@ -239,6 +239,8 @@ def prepare() -> tuple[SftTrainer, str | None] | None:
     set_seed(training.seed)
     tuning = Tuning(arguments, adapter, quantization, dry_run)
     config = check_tuning(tuning, training, given, "training.sft")
+    if "pad_to_multiple_of" in given:
+        raise ValueError("--pad_to_multiple_of has no effect here: packed blocks are all of --max_length.")
     if dry_run.dry_run:
         predict_memory(config, tuning, training)
         return None

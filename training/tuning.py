@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,14 +35,20 @@ from .quantization import (
 )
 from .run_setup import RunFolderArguments, check_training, save_whole_model
 
-# Fields of TRL's that these scripts settle otherwise.
+# Fields of TRL's and transformers' that these scripts settle otherwise.
 NOT_HONOURED = {
     "model_init_kwargs": "--dtype and --attn_implementation say how the model is opened",
+    "resume_from_checkpoint": "the same command again goes on from its last checkpoint",
+    "do_train": "the command trains, and evaluates by --eval_strategy",
+    "do_eval": "--eval_strategy says when to evaluate",
+    "do_predict": "`python -m training.evaluate` does so afterwards",
+    "batch_eval_metrics": "held-out figures are of all batches together",
+    "eval_do_concat_batches": "held-out figures are of all batches together",
     "dataset_text_field": "give --text_column",
     "dataset_kwargs": "the data are prepared here",
     "dataset_num_proc": "the data are prepared here",
     "shuffle_dataset": "rows are shuffled at every epoch",
-    "padding_free": "--packing does without padding",
+    "padding_free": "pairs are padded, and SFT's --packing does without padding",
     "packing_strategy": "whole conversations are packed best-fit",
     "eval_packing": "held-out conversations are not packed",
     "truncation_mode": "what is too long is cut at its end",
@@ -93,6 +99,10 @@ def check_tuning(
     check_training(training, module)
     for name in given.keys() & NOT_HONOURED.keys():
         raise ValueError(f"--{name} has no effect here: {NOT_HONOURED[name]}.")
+    for settings, switch in ((tuning.adapter, "use_peft"), (tuning.quantization, "load_in_4bit")):
+        unused = [field.name for field in fields(settings) if field.name in given]
+        if unused and not getattr(settings, switch):
+            raise ValueError(f"--{unused[0]} has no effect without --{switch} true: give that too, or leave it off.")
     if tuning.quantization.load_in_4bit and not tuning.adapter.use_peft:
         raise ValueError("Weights of 4 bits cannot be trained: give --use_peft true with --load_in_4bit true.")
     config = load_config(tuning.model.model, training.trust_remote_code)
@@ -104,6 +114,9 @@ def check_tuning(
             f"--max_length {training.max_length} does not fit the model's context of {context} tokens "
             "(max_position_embeddings): give 2 or more and at most that."
         )
+    template = getattr(training, "chat_template_path", None) or ""
+    if template.endswith((".jinja", ".j2")) and not Path(template).is_file():
+        raise FileNotFoundError(f"--chat_template_path {template} is not there: name an existing file.")
     check_quantizable(config, tuning.quantization, training.trust_remote_code)
     note = settle_optimizer(training, tuning.quantization, given)
     if note and training.process_index == 0:
@@ -125,6 +138,8 @@ def predict_memory(
         sequences_per_example: 2 for pairs of a chosen and a rejected answer.
         reference_copy: whether the run holds a second, frozen model.
     """
+    if config.pad_token_id is None:
+        config.pad_token_id = config.eos_token_id or 0  # as `open_base` does; a classifier cannot do without
     precision = choose_precision(training.device) if training.precision == "auto" else training.precision
     shape = TrainingShape(
         batch_size=training.per_device_train_batch_size,
@@ -146,7 +161,8 @@ def predict_memory(
         shape,
         device_memory_gib=tuning.dry_run.device_memory_gib,
         auto_class=auto_class,
-        attn_implementation=tuning.model.attn_implementation,
+        # Flash attention keeps as much as sdpa does, and need not be installed where the run is planned.
+        attn_implementation="sdpa" if "flash" in tuning.model.attn_implementation else tuning.model.attn_implementation,
         trust_remote_code=training.trust_remote_code,
     )
 
@@ -155,7 +171,9 @@ def _dtype_in_memory(tuning: Tuning, config: PreTrainedConfig) -> torch.dtype:
     """float32 where weights are trained; where only an adapter is, the dtype of the files."""
     if tuning.model.dtype is not None:
         return getattr(torch, tuning.model.dtype)
-    return (config.dtype or torch.float32) if tuning.adapter.use_peft else torch.float32
+    stored = (config.dtype or torch.float32) if tuning.adapter.use_peft else torch.float32
+    # Layers of 4 bits give float16 back as float16, which autocast to bfloat16 refuses to join.
+    return torch.bfloat16 if tuning.quantization.load_in_4bit and stored == torch.float16 else stored
 
 
 def describe_base(path: str) -> dict[str, str]:
