@@ -279,6 +279,31 @@ def test_a_sequence_classifiers_head_is_trained_whole(bases, tokenizer, tmp_path
     assert its_tokenizer.get_vocab() == tokenizer.get_vocab()
 
 
+@pytest.mark.parametrize(
+    ("variant", "trained_besides"),
+    [
+        ("pissa", {"added_tokens": True}),
+        ("eva", {"added_tokens": True}),
+        ("pissa", {"new_tokens": [5, 7]}),
+        ("eva", {"new_tokens": [5, 7]}),
+        ("pissa", {"task_type": "SEQ_CLS"}),
+    ],
+)
+def test_an_adapter_begins_again_with_what_is_trained_besides(bases, variant, trained_besides, tmp_path):
+    def begun():
+        classifies = "task_type" in trained_besides
+        torch.manual_seed(0)
+        auto_class = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+        model = opened(bases / "tied", auto_class=auto_class, **({"num_labels": 1} if classifies else {}))
+        return adapted(bases / "tied", model, output_dir=tmp_path, **trained_besides, **VARIANTS[variant])
+
+    first = begun()
+    keep_initial_adapter(first, tmp_path)
+    state, again = first.state_dict(), begun().state_dict()
+    assert state.keys() == again.keys()
+    assert all(torch.equal(state[name], again[name]) for name in state)
+
+
 def test_a_4_bit_base_keeps_its_bytes(bases, tmp_path):
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     stored = (bases / "tied" / "model.safetensors").read_bytes()

@@ -68,6 +68,7 @@ GOOD = {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [OTHER]}
         ({"chosen": [USER, ASSISTANT], "rejected": [SYSTEM, USER, OTHER]}, "do not begin alike"),
         ({"chosen": [USER], "rejected": [USER, OTHER]}, "only goes on from the other"),
         ({"chosen": "Yes", "rejected": "Yes, no"}, "only goes on from the other"),
+        ({"chosen": "a \n", "rejected": "a b"}, "a 'chosen' with nothing but the prompt"),
         ({"prompt": "a", "chosen": "b", "rejected": " "}, "an empty 'rejected'"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "as 'chosen' and 3 as 'rejected'"),
         ({"prompt": [USER], "chosen": "b", "rejected": "c"}, "as 'prompt' where a string is expected"),

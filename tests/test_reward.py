@@ -142,6 +142,7 @@ def test_an_adapter_brings_its_head_and_leaves_the_base_as_it_was(inputs, tmp_pa
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     if not quantized:
         model, tokenizer = open_for_inference(tmp_path / "run", base=str(inputs / "model"))
+        assert (model.config.problem_type, model.config.id2label) == ("regression", {0: "reward"})
         rows = load_preferences(str(inputs / "pairs"), "test")
         assert figures(scores_by_hand(model, tokenizer, rows))["loss"] == pytest.approx(
             record["metrics"]["eval_loss"], rel=1e-4

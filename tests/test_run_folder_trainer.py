@@ -43,6 +43,11 @@ def test_a_damaged_checkpoint_makes_room_for_the_one_that_comes(run_folder, name
     assert not (run_folder / "checkpoint-20").exists()
 
 
+def test_a_truncated_config_of_an_adapter_is_damage_too(run_folder):
+    (run_folder / "checkpoint-20" / "adapter_config.json").write_text('{"r": 4,')
+    assert last_good_checkpoint(run_folder) == str(run_folder / "checkpoint-10")
+
+
 def test_what_a_killed_save_left_behind_is_cleared(run_folder):
     shutil.copytree(run_folder / "checkpoint-20", run_folder / STAGING / "checkpoint-30")
     assert prepare_to_resume(run_folder) == str(run_folder / "checkpoint-20")

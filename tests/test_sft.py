@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from tiny_chat_model import ANSWERS, new_tiny_model, tiny_tokenizer
 from training_runs import accelerate_two_processes, command, kill_when_there, losses
 from training_runs import run as run_command
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from training.adapters import open_for_inference
-from training.language_models import load_tokenizer
+from training.language_models import chat_marks, load_tokenizer
 from training.sft import main, reply
 
 ARGUMENTS = {
@@ -246,6 +246,48 @@ def test_mistakes_are_told_in_one_line_and_leave_nothing_behind(inputs, tmp_path
     assert code == 2
     assert said in printed.err.strip().splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_template_and_tokens_of_another_tokenizer_come_once_and_end_replies(inputs, tmp_path, capsys, monkeypatch):
+    """Onto tied embeddings below an adapter; and its end of turn stays an end beside its end of text."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn_ends|>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end_of_turn|>", "<|turn_ends|>")
+    tokenizer.save_pretrained(tmp_path / "other")
+    changes = LORA | {"chat_template_path": tmp_path / "other", "max_steps": 1, "eval_steps": 1}
+    code, printed = run_here(inputs, tmp_path / "run", capsys, monkeypatch, **changes)
+    assert code == 0, printed.err
+    model, tokenizer = open_for_inference(tmp_path / "run")
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|turn_ends|>")}
+    assert ends <= set(model.generation_config.eos_token_id)
+
+
+def test_a_model_whose_packed_conversations_see_each_other_is_refused(inputs, tmp_path, capsys, monkeypatch):
+    tokenizer = load_tokenizer(str(inputs / "base"))
+    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "num_hidden_layers": 2}
+    config = OPTConfig(vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=256, **sizes)
+    OPTForCausalLM(config).save_pretrained(tmp_path / "opt")
+    tokenizer.save_pretrained(tmp_path / "opt")
+    changes = {"model": tmp_path / "opt", "max_steps": 1, "eval_steps": 1}
+    code, printed = run_here(inputs, tmp_path / "packed", capsys, monkeypatch, **changes)
+    assert code == 2
+    assert "--packing false" in printed.err.strip().splitlines()[-1]
+    code, printed = run_here(inputs, tmp_path / "padded", capsys, monkeypatch, **changes, packing=False)
+    assert code == 0, printed.err
+
+
+def test_marks_of_a_template_without_a_place_for_a_system_prompt():
+    tokenizer = tiny_tokenizer()
+    marks = chat_marks(tokenizer)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    assert set(chat_marks(tokenizer)) <= set(marks)
+    assert tokenizer.eot_token_id in chat_marks(tokenizer)
+
+
+def test_a_question_longer_than_the_context_has_no_answer(tuned):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tuned), load_tokenizer(str(tuned))
+    assert reply(model, tokenizer, "What is a river? " * 200) == {"text": "", "ended": False}
 
 
 def test_an_adapter_is_no_base(inputs, adapter, tmp_path, capsys, monkeypatch):

@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import (
@@ -30,7 +31,8 @@ from peft import (
     initialize_lora_eva_weights,
     set_peft_model_state_dict,
 )
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, eva
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import TrainableTokensWrapper
@@ -290,8 +292,11 @@ def _look_at_activations(adapted: PeftModel, batches: Iterable[dict] | Callable[
             f"--lora_init eva takes {least} directions from each batch, and no row has so many trained tokens: give a "
             "lower --lora_r or longer rows."
         )
-    # Every process reads the same batches.
-    initialize_lora_eva_weights(adapted, rows, gather_distributed_inputs=False, show_progress_bar=False)
+    # PEFT takes every layer that has a base layer for LoRA's, and rows of tokens are none.
+    others = (*eva.UNSUPPORTED_LORA_MODULES, TrainableTokensLayer)
+    with patch.object(eva, "UNSUPPORTED_LORA_MODULES", others):
+        # Every process reads the same batches.
+        initialize_lora_eva_weights(adapted, rows, gather_distributed_inputs=False, show_progress_bar=False)
 
 
 def _tokens(batch: dict) -> int:
@@ -305,7 +310,9 @@ def _begin_again(model: PreTrainedModel, initial: Path, splits_base: bool) -> Pe
     config.inference_mode, config.base_model_name_or_path = False, None
     try:
         adapted = get_peft_model(model, config)
-        set_peft_model_state_dict(adapted, load_file(initial / WEIGHTS_FILE))
+        # What is trained whole, and rows of tokens, began as in the model; PEFT asks for them too.
+        began = get_peft_model_state_dict(adapted, save_embedding_layers=False) | load_file(initial / WEIGHTS_FILE)
+        set_peft_model_state_dict(adapted, began)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{initial} is not of this model: choose another --output_dir, or delete this one.") from error
     if splits_base:
@@ -480,6 +487,11 @@ def open_for_inference(
     if config["task_type"] == "SEQ_CLS":
         heads = [shapes.get(f"{NAME_IN_FILE}{head}.weight") for head in SEQ_CLS_HEAD_NAMES]
         options["num_labels"] = next(shape[0] for shape in heads if shape is not None)
+        described = adapter_run(path).get("model", {}).get("config", {})
+        if described.get("problem_type"):  # without which a pipeline would squash a reward model's score
+            labels = {int(number): label for number, label in described["id2label"].items()}
+            options |= {"problem_type": described["problem_type"], "id2label": labels}
+            options["label2id"] = {label: number for number, label in labels.items()}
     model = load_language_model(base, auto_class=AUTO_CLASSES[config["task_type"]], **options)
     own_tokenizer = (Path(path) / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(path if own_tokenizer else base, trust_remote_code)

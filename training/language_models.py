@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -159,8 +160,11 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def chat_marks(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Special tokens that the chat template writes and plain text does not."""
-    roles = ("system", "user", "assistant")
-    chat = tokenizer.apply_chat_template([{"role": role, "content": "text"} for role in roles], tokenize=False)
+    turns = [{"role": role, "content": "text"} for role in ("system", "user", "assistant")]
+    try:
+        chat = tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError:  # no place for a system prompt
+        chat = tokenizer.apply_chat_template(turns[1:], tokenize=False)
     marks = set(tokenizer(chat, add_special_tokens=False)["input_ids"]) & set(tokenizer.all_special_ids)
     return sorted(marks - {tokenizer.bos_token_id, tokenizer.eos_token_id})
 

@@ -195,6 +195,9 @@ def _pair(row: dict[str, Any], place: str) -> dict[str, Side]:
                 f"{place} has no 'prompt', and one of its answers only goes on from the other: mend the row."
             )
         row = extract_prompt(row)
+        for name in ("chosen", "rejected"):
+            if isinstance(row[name], str) and not row[name].strip():
+                raise ValueError(f"{place} has a {name!r} with nothing but the prompt: mend or remove the row.")
     if type(row["prompt"]) is not type(chosen):
         raise ValueError(
             f"{place} has {shown(row['prompt'])} as 'prompt' where a string is expected, as the answers are strings."

@@ -219,7 +219,8 @@ def _fault(checkpoint: Path) -> str | None:
         if not any(path.name.startswith(names) for path in checkpoint.iterdir()):
             return f"it has no {what}"
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        for path in {checkpoint / "trainer_state.json", *checkpoint.glob("*.json")}:
+            json.loads(path.read_text(encoding="utf-8"))
         for path in checkpoint.glob("*.safetensors"):
             with safe_open(path, framework="pt"):  # reads the header and compares the file's length with it
                 pass

@@ -120,7 +120,9 @@ class SftTrainer(RunFolderMixin, SFTTrainer):
             self.data_collator = training_collator
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self._tokens_in_step += (inputs["input_ids"] != self.processing_class.pad_token_id).sum()
+        # Packed blocks have no mask. Where the end of text serves as padding, their ends are then not counted.
+        read = inputs.get("attention_mask", inputs["input_ids"] != self.processing_class.pad_token_id)
+        self._tokens_in_step += read.sum()
         return super().training_step(model, inputs, num_items_in_batch)
 
     def units_in_step(self, inputs, num_items_in_batch):
@@ -172,6 +174,8 @@ def reply(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str) -> 
     question = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     ends, context = end_of_turn_ids(tokenizer), getattr(model.config, "max_position_embeddings", 2**31)
+    if inputs["input_ids"].shape[1] >= context:  # no room for an answer
+        return {"text": "", "ended": False}
     was_training = model.training
     model.eval()
     ids = model.generate(
@@ -216,11 +220,30 @@ def training_blocks(rows: Dataset, training: SftTrainingArguments) -> Dataset:
 
 def check_arguments(arguments: SftArguments, training: SftTrainingArguments, model: PreTrainedModel) -> None:
     """What only the opened model tells."""
-    if training.packing and "position_ids" not in inspect.signature(model.forward).parameters:
+    if not training.packing:
+        return
+    if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"{type(model).__name__} takes no position_ids, by which packed conversations are kept apart: give "
             "--packing false."
         )
+    # Flash attention runs on GPUs only, and DeepSpeed's shards not before the trainer has them.
+    if "flash" not in arguments.attn_implementation and training.deepspeed_plugin is None and _sees_other_piece(model):
+        raise ValueError(
+            f"{type(model).__name__} lets packed conversations see each other, for all their position_ids: give "
+            "--packing false."
+        )
+
+
+@torch.no_grad()
+def _sees_other_piece(model: PreTrainedModel) -> bool:
+    """Whether a packed piece changes what follows it: some models take position_ids and build a mask without them."""
+    packed = torch.tensor([[0, 1, 2, 6, 7, 8], [3, 4, 5, 6, 7, 8]], device=model.device)
+    position_ids = torch.tensor([[0, 1, 2, 0, 1, 2]], device=model.device)
+    first, second = (
+        model(input_ids=row[None], position_ids=position_ids, use_cache=False).logits[0, 3:].float() for row in packed
+    )
+    return bool((first - second).abs().max() > 1e-3 * first.abs().max())
 
 
 def prepare() -> tuple[SftTrainer, str | None] | None:

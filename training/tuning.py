@@ -207,6 +207,9 @@ def open_base(
             tokenizer.chat_template = file.read()
     elif template is not None:
         model, tokenizer, added = clone_chat_template(model, tokenizer, template)
+    if template is not None:
+        # TRL's trainers would do it again: to an adapted model, and with the template's eos as the only end of replies.
+        training.chat_template_path = None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
