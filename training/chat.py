@@ -34,6 +34,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from .adapters import base_of, is_adapter_folder, open_writer
+from .chat_data import special_pattern
 from .command_line import parse_arguments, plain_errors
 from .language_models import DTYPES, LanguageModelArguments, end_of_turn_ids, load_config
 from .quantization import QuantizationArguments, check_quantizable, quantization_config
@@ -122,8 +123,7 @@ class Conversation:
                 "base model, which continues text as its card shows; `python -m training.sft` teaches it to answer."
             )
         self.tokenizer, self.context, self.max_new_tokens = tokenizer, context, max_new_tokens
-        marks = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self.marks = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
+        self.marks = special_pattern(tokenizer)
         self.system = []
         if system_prompt:
             self.system = [{"role": "system", "content": self.without_marks(system_prompt)[0]}]

@@ -365,7 +365,7 @@ def _encode_messages(
     """(token ids, whether the loss is taken on each) of the conversations that spell no special token."""
     prompts = batch.get("prompt")
     conversations = batch["messages"] if prompts is None else [p + c for p, c in zip(*batch.values(), strict=True)]
-    special = re.compile("|".join(map(re.escape, sorted(special_tokens(tokenizer)))) or r"(?!)")
+    special = special_pattern(tokenizer)
     kept = [i for i, messages in enumerate(conversations) if not any(special.search(m["content"]) for m in messages)]
     if not kept:
         return
@@ -401,9 +401,12 @@ def render_chats(
         raise
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
+    """Matches text that spells a special token, and would become it."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return added | set(tokenizer.all_special_tokens)
+    return re.compile(
+        "|".join(map(re.escape, sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True))) or r"(?!)"
+    )
 
 
 def encode_completions(

@@ -9,7 +9,6 @@ out if one of them does not fit. Left out is also, as in SFT, a pair whose messa
 tokenizer.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +29,7 @@ from .chat_data import (
     encode_completions,
     render_chats,
     shown,
-    special_tokens,
+    special_pattern,
 )
 from .dataset_source import load_from_hub, local_path
 from .text_data import SUFFIXES, check_utf8, json_lines, load_local_files, parquet_footer
@@ -241,7 +240,7 @@ def _encode_messages(
     batch: dict[str, list], indices: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[list[int], list[int], list[int]]]:
     """Token ids of (prompt, chosen, rejected) of the pairs that spell no special token."""
-    special = re.compile("|".join(map(re.escape, sorted(special_tokens(tokenizer)))) or r"(?!)")
+    special = special_pattern(tokenizer)
     pairs = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
 
     def spells_special(pair):

@@ -21,35 +21,28 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, set_seed
+from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
-from .adapters import AdapterArguments, keep_initial_adapter
-from .base_model import base_run_section
-from .command_line import parse_arguments
 from .language_models import LanguageModelArguments, flops_per_token
-from .memory_estimate import DryRunArguments
 from .preference_data import PreferenceDataArguments, load_train_and_eval, tokenize_pairs
 from .preference_trainer import PairTrainerMixin, check_enough, chosen_batches
-from .quantization import QuantizationArguments, keep_adapter_dtype
+from .quantization import keep_adapter_dtype
 from .run_setup import (
-    describe_training,
     evaluate_the_end,
-    examples_per_step,
     final_metrics,
     finish_run,
-    open_run,
     train_from_command_line,
 )
 from .tuning import (
-    Tuning,
     TuningTrainingArguments,
     check_tuning,
-    describe_base,
-    describe_tuned_model,
     open_base,
+    open_tuned_run,
+    parse_tuning,
     predict_memory,
     save_tuned_model,
+    tokenize_splits,
     with_adapter,
 )
 
@@ -111,44 +104,26 @@ def prepare() -> tuple[RewardModelTrainer, str | None] | None:
 
     Returns the trainer and the checkpoint to go on from; None where nothing is left to do.
     """
-    arguments, adapter, quantization, dry_run, training, given = parse_arguments(
-        RewardArguments,
-        AdapterArguments,
-        QuantizationArguments,
-        DryRunArguments,
-        RewardTrainingArguments,
-        description=__doc__,
-    )
-    set_seed(training.seed)
-    tuning = Tuning(arguments, adapter, quantization, dry_run)
+    tuning, training, given = parse_tuning(RewardArguments, RewardTrainingArguments, __doc__)
+    arguments = tuning.model
     config = check_tuning(tuning, training, given, "training.reward")
-    if dry_run.dry_run:
+    if tuning.dry_run.dry_run:
         predict_memory(config, tuning, training, AutoModelForSequenceClassification, sequences_per_example=2)
         return None
     train_rows, held_out_rows, data = load_train_and_eval(arguments, evaluates=training.eval_strategy != "no")
     model, tokenizer, added_tokens = open_base(tuning, training, AutoModelForSequenceClassification, **SCORE_FIELDS)
-    data["model"] = describe_base(arguments.model)
-    with training.main_process_first(desc="tokenising"):
-        tokenized, counts = {}, {}
-        for name, rows in (("train", train_rows), ("eval", held_out_rows)):
-            if rows is not None:
-                tokenized[name], counts[name] = tokenize_pairs(rows, tokenizer, training.max_length, cut=False)
+    splits = {"train": train_rows, "eval": held_out_rows}
+    tokenized, counts = tokenize_splits(
+        splits,
+        training,
+        lambda rows: tokenize_pairs(rows, tokenizer, training.max_length, cut=False),
+    )
     check_enough(tokenized["train"], training)
     model = with_adapter(model, tokenizer, tuning, training, added_tokens, lambda: chosen_batches(tokenized["train"]))
-    opened = open_run(training, "reward", given, data, model)
+    opened = open_tuned_run("reward", model, tokenizer, tuning, training, given, data, counts, ("max_length",))
     if opened is None:
         return None
     record, checkpoint, peak = opened
-    record.save(
-        **describe_tuned_model(model, tuning, training),
-        **base_run_section(arguments.model),
-        training=describe_training(training, peak)
-        | {"max_length": training.max_length, "examples_per_step": examples_per_step(training)},
-        tokenizer={"path": arguments.model, "vocab_size": len(tokenizer)},
-        counts=counts,
-    )
-    if training.process_index == 0:
-        keep_initial_adapter(model, training.output_dir)
     with keep_adapter_dtype(model):
         trainer = RewardModelTrainer(
             model=model,

@@ -22,38 +22,32 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .adapters import AdapterArguments, keep_initial_adapter
-from .base_model import base_run_section
 from .chat_data import ChatDataArguments, describe_rows, load_conversations, tokenize_conversations
-from .command_line import parse_arguments
 from .language_models import LanguageModelArguments, end_of_turn_ids, flops_per_token
-from .memory_estimate import DryRunArguments
 from .packing import PackedBlockCollator
-from .quantization import QuantizationArguments, keep_adapter_dtype
+from .quantization import keep_adapter_dtype
 from .run_folder_trainer import RunFolderMixin
 from .run_record import RunRecord
 from .run_setup import (
-    describe_training,
     evaluate_the_end,
     examples_per_step,
     final_metrics,
     finish_run,
-    open_run,
     train_from_command_line,
 )
 from .tuning import (
-    Tuning,
     TuningTrainingArguments,
     check_tuning,
-    describe_base,
-    describe_tuned_model,
     open_base,
+    open_tuned_run,
+    parse_tuning,
     predict_memory,
     save_tuned_model,
+    tokenize_splits,
     with_adapter,
 )
 
@@ -251,34 +245,24 @@ def prepare() -> tuple[SftTrainer, str | None] | None:
 
     Returns the trainer and the checkpoint to go on from; None where nothing is left to do.
     """
-    arguments, adapter, quantization, dry_run, training, given = parse_arguments(
-        SftArguments,
-        AdapterArguments,
-        QuantizationArguments,
-        DryRunArguments,
-        SftTrainingArguments,
-        description=__doc__,
-    )
-    set_seed(training.seed)
-    tuning = Tuning(arguments, adapter, quantization, dry_run)
+    tuning, training, given = parse_tuning(SftArguments, SftTrainingArguments, __doc__)
+    arguments = tuning.model
     config = check_tuning(tuning, training, given, "training.sft")
     if "pad_to_multiple_of" in given:
         raise ValueError("--pad_to_multiple_of has no effect here: packed blocks are all of --max_length.")
-    if dry_run.dry_run:
+    if tuning.dry_run.dry_run:
         predict_memory(config, tuning, training)
         return None
     train_rows, held_out_rows, data = load_rows(arguments, training)
     model, tokenizer, added_tokens = open_base(tuning, training)
     check_arguments(arguments, training, model)
-    data["model"] = describe_base(arguments.model)
-    with training.main_process_first(desc="tokenising"):
-        tokenized, counts = {}, {}
-        for name, rows in (("train", train_rows), ("eval", held_out_rows)):
-            if rows is not None:
-                tokenized[name], counts[name] = tokenize_conversations(
-                    rows, tokenizer, training.max_length, training.assistant_only_loss
-                )
-        train = training_blocks(tokenized["train"], training)
+    splits = {"train": train_rows, "eval": held_out_rows}
+    tokenized, counts = tokenize_splits(
+        splits,
+        training,
+        lambda rows: tokenize_conversations(rows, tokenizer, training.max_length, training.assistant_only_loss),
+    )
+    train = training_blocks(tokenized["train"], training)
     pad = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     packed = PackedBlockCollator(
         training.max_length, tokenizer.pad_token_id, flatten="flash" in arguments.attn_implementation
@@ -287,21 +271,10 @@ def prepare() -> tuple[SftTrainer, str | None] | None:
     model = with_adapter(
         model, tokenizer, tuning, training, added_tokens, lambda: (pad([row]) for row in tokenized["train"])
     )
-    opened = open_run(training, "sft", given, data, model)
+    opened = open_tuned_run("sft", model, tokenizer, tuning, training, given, data, counts, ("max_length", "packing"))
     if opened is None:
         return None
     record, checkpoint, peak = opened
-    record.save(
-        **describe_tuned_model(model, tuning, training),
-        **base_run_section(arguments.model),
-        training=describe_training(training, peak)
-        | {"max_length": training.max_length, "packing": training.packing}
-        | {"examples_per_step": examples_per_step(training)},
-        tokenizer={"path": arguments.model, "vocab_size": len(tokenizer)},
-        counts=counts,
-    )
-    if training.process_index == 0:
-        keep_initial_adapter(model, training.output_dir)
     # The rows are ready. TRL's own packing would make one row of a batch, with a mask as large as that.
     training.packing, training.assistant_only_loss = False, False
     training.dataset_kwargs = {"skip_prepare_dataset": True}

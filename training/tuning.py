@@ -8,13 +8,15 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from accelerate.utils import str_to_bool
+from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import clone_chat_template
 
-from .adapters import AdapterArguments, add_adapter, save_adapter
-from .base_model import read_run
+from .adapters import AdapterArguments, add_adapter, keep_initial_adapter, save_adapter
+from .base_model import base_run_section, read_run
+from .command_line import parse_arguments
 from .language_models import (
     LanguageModelArguments,
     chat_marks,
@@ -33,7 +35,15 @@ from .quantization import (
     quantization_config,
     settle_optimizer,
 )
-from .run_setup import RunFolderArguments, check_training, save_whole_model
+from .run_setup import (
+    OpenedRun,
+    RunFolderArguments,
+    check_training,
+    describe_training,
+    examples_per_step,
+    open_run,
+    save_whole_model,
+)
 
 # Fields of TRL's and transformers' that these scripts settle otherwise.
 NOT_HONOURED = {
@@ -83,6 +93,17 @@ class Tuning(NamedTuple):
     adapter: AdapterArguments
     quantization: QuantizationArguments
     dry_run: DryRunArguments
+
+
+def parse_tuning(
+    arguments_type: type[LanguageModelArguments], training_type: type, description: str
+) -> tuple[Tuning, Any, dict[str, Any]]:
+    """What the command line asks for: the model's side, the trainer's side, and the fields that were given."""
+    *model_side, training, given = parse_arguments(
+        arguments_type, AdapterArguments, QuantizationArguments, DryRunArguments, training_type, description=description
+    )
+    set_seed(training.seed)
+    return Tuning(*model_side), training, given
 
 
 def check_tuning(
@@ -176,7 +197,7 @@ def _dtype_in_memory(tuning: Tuning, config: PreTrainedConfig) -> torch.dtype:
     return torch.bfloat16 if tuning.quantization.load_in_4bit and stored == torch.float16 else stored
 
 
-def describe_base(path: str) -> dict[str, str]:
+def _describe_base(path: str) -> dict[str, str]:
     """The entry `model` of a run's data."""
     description = {"path": path, "fingerprint": stored_fingerprint(path)}
     return description if Path(path).exists() else description | {"source": "hub"}
@@ -253,7 +274,49 @@ def with_adapter(
     )
 
 
-def describe_tuned_model(model: PreTrainedModel | PeftModel, tuning: Tuning, training) -> dict[str, Any]:
+def tokenize_splits(
+    splits: dict[str, Dataset | None], training: TuningTrainingArguments, tokenize: Callable[[Dataset], tuple]
+) -> tuple[dict[str, Dataset], dict[str, dict[str, int]]]:
+    """Rows for the trainer, and counts of what became of them, of each split that there is."""
+    with training.main_process_first(desc="tokenising"):
+        done = {name: tokenize(rows) for name, rows in splits.items() if rows is not None}
+    return {name: rows for name, (rows, _) in done.items()}, {name: counts for name, (_, counts) in done.items()}
+
+
+def open_tuned_run(
+    task: str,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: Tokenizer,
+    tuning: Tuning,
+    training: TuningTrainingArguments,
+    given: dict[str, Any],
+    data: dict[str, Any],
+    counts: dict[str, dict[str, int]],
+    settings: tuple[str, ...],
+) -> OpenedRun | None:
+    """`open_run`, and what a record says of a tuned model from the beginning.
+
+    Args:
+        settings: the fields of `training` that are recorded beside those of every run.
+    """
+    opened = open_run(training, task, given, data | {"model": _describe_base(tuning.model.model)}, model)
+    if opened is None:
+        return None
+    opened.record.save(
+        **_describe_tuned_model(model, tuning, training),
+        **base_run_section(tuning.model.model),
+        training=describe_training(training, opened.peak)
+        | {name: getattr(training, name) for name in settings}
+        | {"examples_per_step": examples_per_step(training)},
+        tokenizer={"path": tuning.model.model, "vocab_size": len(tokenizer)},
+        counts=counts,
+    )
+    if training.process_index == 0:
+        keep_initial_adapter(model, training.output_dir)
+    return opened
+
+
+def _describe_tuned_model(model: PreTrainedModel | PeftModel, tuning: Tuning, training) -> dict[str, Any]:
     """Sections of `run.json` on the model, its adapter and its quantisation."""
     adapted = isinstance(model, PeftModel)
     base = model.get_base_model() if adapted else model
