@@ -369,6 +369,8 @@ def test_snippets_run_where_our_packages_are_not(tmp_path):
     """Those of every task, of whole models and adapters, ours and transformers', in one process, beside the folders."""
     tokenizer = train_bpe(["Who wrote Hamlet? What is a river?"] * 3, vocab_size=275)
     runs = save_folders(tmp_path, True, tokenizer) | save_folders(tmp_path, False, tokenizer)
+    for name, run in runs.items():
+        run["arguments"] |= {"output_dir": name}  # the bases, too, are named as seen from there
     snippets = python_snippets("".join(card_text(tmp_path / name, run) for name, run in runs.items()))
     assert snippets.count("AutoPeftModelForCausalLM.from_pretrained(") == 4
     assert snippets.count("AutoPeftModelForSequenceClassification.from_pretrained(") == 2

@@ -182,9 +182,10 @@ def test_an_adapter_opens_with_its_base_and_changes_its_answers(adapter, inputs)
     assert record["model"]["trainable_parameters"] == stored
 
 
-@pytest.mark.parametrize(
-    "options", [LORA, LORA | {"lora_init": "pissa", "lora_dropout": 0.1}], ids=["lora", "pissa_dropout"]
-)
+PISSA = LORA | {"lora_init": "pissa", "lora_dropout": 0.1}
+
+
+@pytest.mark.parametrize("options", [LORA, pytest.param(PISSA, marks=pytest.mark.slow)], ids=["lora", "pissa_dropout"])
 def test_a_killed_adapter_run_goes_on_as_if_nothing_had_happened(inputs, adapter, tmp_path, options):
     undisturbed = adapter
     if options is not LORA:
@@ -214,7 +215,7 @@ def test_an_adapter_on_four_bits_leaves_the_base_as_it_is(inputs, tmp_path):
     }
 
 
-@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), LORA], ids=["full", "lora"])
 def test_two_processes_make_the_run_of_one(inputs, tmp_path, options):
     alone = run(inputs, tmp_path / "one", **options, max_steps=3)
     assert alone.returncode == 0, alone.stderr

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerState
@@ -254,7 +253,7 @@ def checkpoint_bytes(model: torch.nn.Module) -> int:
     """What a checkpoint of `model` takes on the disk; of a model with an adapter, only the adapter is stored."""
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    stored = trained if isinstance(model, PeftModel) else parameters
+    stored = trained if hasattr(model, "peft_config") else parameters
     moments = OPTIMIZER_BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in trained)
     return moments + sum(parameter.numel() * parameter.element_size() for parameter in stored)
 
