@@ -53,6 +53,7 @@ class Terminal:
         return seen.replace("\r\n", "\n")
 
     def type(self, keys):
+        time.sleep(0.5)  # what is typed in the instant in which a prompt sets up the terminal is thrown away
         os.write(self.ours, keys.encode())
 
     def ended(self):
