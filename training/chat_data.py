@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -92,6 +92,19 @@ def load_conversations(
         features=_features(rows.features, columns),
         desc="Reading conversations",
     )
+
+
+def load_train_and_eval(
+    arguments: Any, evaluates: bool, load: Callable[[str, str, str | None], datasets.Dataset]
+) -> tuple[datasets.Dataset, datasets.Dataset | None, dict[str, Any]]:
+    """Training and held-out rows, checked by `load`, and the description of both for `run.json`."""
+    train = load(arguments.dataset, arguments.dataset_split, arguments.dataset_config)
+    data = {"train": describe_rows(train, arguments.dataset, arguments.dataset_split)}
+    if not evaluates:
+        return train, None, data
+    name, split = arguments.eval_dataset or arguments.dataset, arguments.eval_dataset_split
+    held_out = load(name, split, arguments.dataset_config if arguments.eval_dataset is None else None)
+    return train, held_out, data | {"eval": describe_rows(held_out, name, split)}
 
 
 def describe_rows(rows: datasets.Dataset, dataset: str, split: str) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
+from .chat_data import load_train_and_eval
 from .language_models import LanguageModelArguments, flops_per_token
-from .preference_data import PreferenceDataArguments, load_train_and_eval, tokenize_pairs
+from .preference_data import PreferenceDataArguments, load_preferences, tokenize_pairs
 from .preference_trainer import PairTrainerMixin, check_enough, chosen_batches
 from .quantization import keep_adapter_dtype
 from .run_setup import (
@@ -170,7 +171,7 @@ def prepare() -> tuple[DpoTrainer, str | None] | None:
         copied = holds_reference(tuning, training)
         predict_memory(config, tuning, training, sequences_per_example=2, reference_copy=copied)
         return None
-    train_rows, held_out_rows, data = load_train_and_eval(arguments, evaluates=training.eval_strategy != "no")
+    train_rows, held_out_rows, data = load_train_and_eval(arguments, training.eval_strategy != "no", load_preferences)
     model, tokenizer, added_tokens = open_base(tuning, training)
     splits = {"train": train_rows, "eval": held_out_rows}
     tokenized, counts = tokenize_splits(

@@ -25,7 +25,6 @@ from .chat_data import (
     MESSAGES,
     check_messages,
     check_order,
-    describe_rows,
     encode_completions,
     render_chats,
     shown,
@@ -55,19 +54,6 @@ class PreferenceDataArguments:
         default=None, metadata={"help": "Preferences to evaluate on. By default another split of --dataset."}
     )
     eval_dataset_split: str = field(default="test", metadata={"help": "Split to evaluate on."})
-
-
-def load_train_and_eval(
-    arguments: PreferenceDataArguments, evaluates: bool
-) -> tuple[datasets.Dataset, datasets.Dataset | None, dict[str, Any]]:
-    """Training and held-out pairs, checked, and the description of both for `run.json`."""
-    train = load_preferences(arguments.dataset, arguments.dataset_split, arguments.dataset_config)
-    data = {"train": describe_rows(train, arguments.dataset, arguments.dataset_split)}
-    if not evaluates:
-        return train, None, data
-    name, split = arguments.eval_dataset or arguments.dataset, arguments.eval_dataset_split
-    held_out = load_preferences(name, split, arguments.dataset_config if arguments.eval_dataset is None else None)
-    return train, held_out, data | {"eval": describe_rows(held_out, name, split)}
 
 
 def load_preferences(dataset: str, split: str, config: str | None = None) -> datasets.Dataset:

@@ -24,8 +24,9 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
+from .chat_data import load_train_and_eval
 from .language_models import LanguageModelArguments, flops_per_token
-from .preference_data import PreferenceDataArguments, load_train_and_eval, tokenize_pairs
+from .preference_data import PreferenceDataArguments, load_preferences, tokenize_pairs
 from .preference_trainer import PairTrainerMixin, check_enough, chosen_batches
 from .quantization import keep_adapter_dtype
 from .run_setup import (
@@ -110,7 +111,7 @@ def prepare() -> tuple[RewardModelTrainer, str | None] | None:
     if tuning.dry_run.dry_run:
         predict_memory(config, tuning, training, AutoModelForSequenceClassification, sequences_per_example=2)
         return None
-    train_rows, held_out_rows, data = load_train_and_eval(arguments, evaluates=training.eval_strategy != "no")
+    train_rows, held_out_rows, data = load_train_and_eval(arguments, training.eval_strategy != "no", load_preferences)
     model, tokenizer, added_tokens = open_base(tuning, training, AutoModelForSequenceClassification, **SCORE_FIELDS)
     splits = {"train": train_rows, "eval": held_out_rows}
     tokenized, counts = tokenize_splits(

@@ -17,6 +17,7 @@ Fields are those of the dataclasses below, of `AdapterArguments`, `QuantizationA
 import inspect
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .chat_data import ChatDataArguments, describe_rows, load_conversations, tokenize_conversations
+from .chat_data import ChatDataArguments, load_conversations, load_train_and_eval, tokenize_conversations
 from .language_models import LanguageModelArguments, end_of_turn_ids, flops_per_token
 from .packing import PackedBlockCollator
 from .quantization import keep_adapter_dtype
@@ -183,21 +184,6 @@ def reply(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str) -> 
     return {"text": tokenizer.decode(ids, skip_special_tokens=True), "ended": ids[-1] in ends}
 
 
-def load_rows(
-    arguments: SftArguments, training: SftTrainingArguments
-) -> tuple[Dataset, Dataset | None, dict[str, Any]]:
-    """Training and held-out conversations, checked, and the description of both for `run.json`."""
-    columns = {"text_column": arguments.text_column}
-    train = load_conversations(arguments.dataset, arguments.dataset_split, arguments.dataset_config, **columns)
-    data = {"train": describe_rows(train, arguments.dataset, arguments.dataset_split)}
-    if training.eval_strategy == "no":
-        return train, None, data
-    name, split = arguments.eval_dataset or arguments.dataset, arguments.eval_dataset_split
-    config = arguments.dataset_config if arguments.eval_dataset is None else None
-    held_out = load_conversations(name, split, config, **columns)
-    return train, held_out, data | {"eval": describe_rows(held_out, name, split)}
-
-
 def training_blocks(rows: Dataset, training: SftTrainingArguments) -> Dataset:
     """The tokenised rows, packed where asked for; ValueError where they do not fill one batch."""
     if training.packing:
@@ -253,7 +239,8 @@ def prepare() -> tuple[SftTrainer, str | None] | None:
     if tuning.dry_run.dry_run:
         predict_memory(config, tuning, training)
         return None
-    train_rows, held_out_rows, data = load_rows(arguments, training)
+    load = partial(load_conversations, text_column=arguments.text_column)
+    train_rows, held_out_rows, data = load_train_and_eval(arguments, training.eval_strategy != "no", load)
     model, tokenizer, added_tokens = open_base(tuning, training)
     check_arguments(arguments, training, model)
     splits = {"train": train_rows, "eval": held_out_rows}
