@@ -4,17 +4,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart quickstart-language quickstart-chat quickstart-vision demo-vision test test-slow lint format clean
+.PHONY: quickstart quickstart-language quickstart-chat quickstart-reasoning quickstart-vision demo-vision demo-r1 \
+	demo-r1-report test test-slow lint format clean
 
 quickstart: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m training.quickstart
 
-quickstart-language quickstart-chat quickstart-vision: quickstart-%: $(INSTALLED)
+quickstart-language quickstart-chat quickstart-reasoning quickstart-vision: quickstart-%: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m training.quickstart $*
 
 # Three seeds of a longer pretraining, each beside training from scratch; about half an hour.
 demo-vision: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.pretraining_gain
+
+# The road of DeepSeek-R1 from a pretrained base to a report.
+demo-r1: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m training.r1 --config training/recipes/llama_style/r1_demo/r1.yaml
+
+# The same with three seeds and 1,000 problems.
+demo-r1-report: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m training.r1 --config training/recipes/llama_style/r1_demo/report.yaml
 
 test: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -12,6 +12,7 @@ import re
 import shutil
 import textwrap
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .confusion import PICTURED_CLASSES, draw_confusion, most_confused, side
 from .plots import WIDE, draw_curves
 from .readable_numbers import count, duration, quantity
+from .reinforcement import describe_reinforcement, describe_road
+from .reinforcement_plots import draw_reinforcement, draw_road_by_step, draw_stages
 from .tuned_models import describe_tuning
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -55,6 +58,8 @@ OPTIONAL_SECTIONS = {
     "confusion": {},
     "per_class": [],
     "skipped_images": {"count": 0},
+    "warnings": [],
+    "road": {},
 }
 # Of each task: its pipeline on the Hub, its tags, and the figures that the Hub's index of models is told, each with
 # its type there and its name.
@@ -105,8 +110,21 @@ HUB_METADATA = {
         "tags": ["reward-model", "trl"],
         "metrics": {"eval_accuracy": ("accuracy", "pairs whose preferred answer scores higher")},
     },
+    "grpo": {
+        "pipeline_tag": "text-generation",
+        "tags": ["grpo", "trl", "reasoning"],
+        "metrics": {
+            "eval_pass@1": ("pass@1", "pass@1, strict: the right answer in the right format"),
+            "eval_pass@8": ("pass@8", "pass@8, strict: the right answer in the right format"),
+            "eval_lenient_pass@1": ("pass@1", "pass@1, lenient: the right answer in whatever format"),
+        },
+    },
+    # A folder of models, and itself none.
+    "r1": {"library": None, "tags": ["grpo", "trl", "reasoning"], "metrics": {}},
 }
 LOSS_LABELS = {
+    # Of one step it is about 0 however good the model is, for the advantages of a group add up to 0.
+    "grpo": None,
     "dpo": "DPO loss",
     "reward": "Bradley-Terry loss (nats a pair)",
     "pretrain_fcmae": "mean squared error, removed patches",
@@ -118,6 +136,8 @@ ACCURACY_OF = {"sft": "tokens", "dpo": "pairs", "reward": "pairs"}
 LISTED_CLASSES, EXTREME_CLASSES = 50, 10
 # Arguments about where a run's files are and what it says meanwhile, and what the card shows elsewhere.
 NOT_HYPERPARAMETERS = {
+    "answer_column",
+    "apply_chat_template",
     "bnb_4bit_quant_type",
     "bnb_4bit_use_double_quant",
     "compare_with",
@@ -126,10 +146,13 @@ NOT_HYPERPARAMETERS = {
     "dataset_split",
     "dataloader_persistent_workers",
     "device_memory_gib",
+    "difficulty",
     "disable_tqdm",
     "dry_run",
     "eval_dataset",
     "eval_dataset_split",
+    "eval_difficulty",
+    "eval_samples",
     "eval_steps",
     "eval_strategy",
     "dataloader_num_workers",
@@ -146,13 +169,23 @@ NOT_HYPERPARAMETERS = {
     "lora_target_modules",
     "matmul_peak_gflops",
     "model",
+    "num_eval_problems",
+    "num_problems",
     "output_dir",
     "per_device_eval_batch_size",
     "probe",
     "probe_images",
     "probed_images",
     "processes",
+    "prompt_dataset",
+    "prompt_dataset_split",
+    "prompt_template",
+    "question_column",
     "report_to",
+    "reward_model",
+    "reward_timeout",
+    "reward_weights",
+    "rewards",
     "run_name",
     "sample_prompts",
     "save_steps",
@@ -186,7 +219,9 @@ def build_card(folder: str | Path) -> Path:
     from_there = tuning["adapter_only"] and not tuning["base_on_hub"] and "output_dir" in run["arguments"]
     repo = run.get("hub_id", run["arguments"]["output_dir"] if from_there else f"./{name}")
     try:
-        plots = _draw(run, folder)
+        # Of the whole road: in its own folder's run, or in that of a model to which it led.
+        road = run["report" if run["task"] == "r1" else "road"]
+        plots = _draw(run, road, folder)
         text = template.render(
             run,
             name=name,
@@ -196,6 +231,9 @@ def build_card(folder: str | Path) -> Path:
             eval_data=run["data"].get("eval", {}),
             base_model=_base_model(run),
             tuning=tuning,
+            reinforcement=describe_reinforcement(run) if run["task"] == "grpo" else {},
+            road=road,
+            road_figures=describe_road(road),
             custom_code="auto_map" in run.get("model", {}).get("config", {}),
             license=result_license(run),
             hyperparameters={
@@ -214,12 +252,17 @@ def build_card(folder: str | Path) -> Path:
     return path
 
 
-def _draw(run: dict[str, Any], folder: Path) -> dict[str, str]:
+def _draw(run: dict[str, Any], road: dict[str, Any], folder: Path) -> dict[str, str]:
     """Draws or copies the card's pictures into `folder/card_assets/`; returns the file's name of each."""
     assets = folder / ASSETS
     loss_label = LOSS_LABELS.get(run["task"], "cross-entropy (nats a token)")
     accuracy_of = ACCURACY_OF.get(run["task"], "images")
     plots = draw_curves(run["history"], run["metrics"], assets, loss_label, run["comparisons"], accuracy_of)
+    if run["task"] == "grpo":
+        plots |= draw_reinforcement(run["history"], assets)
+    if run["task"] == "r1":
+        plots |= draw_road_by_step(road, assets)
+    plots |= draw_stages(road, assets)
     if run["confusion"] and (file := draw_confusion(run["confusion"]["labels"], run["confusion"]["counts"], assets)):
         plots["confusion"] = file
     pictures = [sample["picture"] for sample in run["samples"] if "picture" in sample]
@@ -242,14 +285,22 @@ def result_license(run: dict[str, Any]) -> str | None:
     """On what terms the run's result may be passed on, in the Hub's spelling; None where no run knows.
 
     It is the licence of the text or images, unless the weights that the run began with have their own, which prevails,
-    or are under other terms, or were made from data whose terms this run does not know.
+    or are under other terms, or were made from data whose terms this run does not know. Problems that a program draws
+    are nobody's text and ask for nothing.
     """
     if run.get("base_license"):
         return run["base_license"].lower()
-    info, base_run = run["data"].get("train", {}).get("info", {}), run.get("base_run", {})
-    license = info.get("license")
-    if base_run.get("license"):
-        return license if license and license.lower() == base_run["license"].lower() else None
+    train, base_run = run["data"].get("train", {}), run.get("base_run", {})
+    info = train.get("info", {})
+    read = [data for data in (train, run["data"].get("prompts", train)) if data.get("source") != "generator"]
+    licenses = {data.get("info", {}).get("license") for data in read}
+    if base_run.get("license") or not read:
+        licenses.add(base_run.get("license"))
+    # One licence for everything, or none that could be told; what is unknown is None.
+    spelled = {license and license.lower() for license in licenses}
+    license = spelled.pop() if len(spelled) == 1 else None
+    if base_run.get("license") or not read:
+        return license
     if _base_model(run) is None or ("name" in info and base_run.get("data") == info["name"]):
         return license
     return None
@@ -295,6 +346,11 @@ def _template(task: str) -> jinja2.Template:
     tasks = sorted(path.name.removesuffix(".md.jinja") for path in TEMPLATES.glob("*.md.jinja"))
     if task not in tasks:
         raise ValueError(f"There is no card for the task {task!r}: the templates are {', '.join(tasks)}.")
+    return _environment().get_template(f"{task}.md.jinja")
+
+
+@cache
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -306,6 +362,7 @@ def _template(task: str) -> jinja2.Template:
         "cell": cell,
         "count": count,
         "data_name": data_name,
+        "difficulty": difficulty,
         "duration": duration,
         "fenced": fenced,
         "inline_code": inline_code,
@@ -313,12 +370,18 @@ def _template(task: str) -> jinja2.Template:
         "plain": plain,
         "python_string": python_string,
         "quantity": quantity,
+        "signed": signed,
     }
-    return environment.get_template(f"{task}.md.jinja")
+    return environment
 
 
 def data_name(data: dict[str, Any]) -> str:
     return data["info"]["name"] if "info" in data else inline_code(data["dataset"])
+
+
+def difficulty(fields: dict[str, Any]) -> str:
+    """A generator's settings, each as `name` value."""
+    return ", ".join(f"`{name}` {cell(value)}" for name, value in fields.items())
 
 
 def machine(hardware: dict[str, Any]) -> str:
@@ -330,12 +393,18 @@ def machine(hardware: dict[str, Any]) -> str:
     return line if hardware["processes"] == 1 else f"{line}, {hardware['processes']} processes"
 
 
+def signed(points: float) -> str:
+    return f"{points:+.1f}".replace("-", "−")
+
+
 def python_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
 def cell(value: Any) -> str:
     """`value` in one cell of a Markdown table."""
+    if isinstance(value, dict):
+        value = [f"{name}: {item}" for name, item in value.items()]
     text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return " ".join(text.split()).replace("|", "\\|")
 
@@ -376,7 +445,7 @@ def _metadata(run: dict[str, Any], name: str) -> ModelCardData:
     datasets = [data["dataset"] for data in run["data"].values() if data.get("source") == "hub" and "dataset" in data]
     results = _eval_results(run)
     return ModelCardData(
-        library_name="peft" if tuning["adapter_only"] else "transformers",
+        library_name="peft" if tuning["adapter_only"] else hub.get("library", "transformers"),
         base_model=_base_model(run) if tuning["base_on_hub"] else None,
         pipeline_tag=hub.get("pipeline_tag"),
         license=result_license(run),

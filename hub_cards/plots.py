@@ -54,7 +54,7 @@ def draw_curves(
     history: list[dict[str, Any]],
     metrics: dict[str, float],
     folder: Path,
-    loss_label: str,
+    loss_label: str | None,
     comparisons: list[dict[str, Any]] = (),
     accuracy_of: str = "images",
 ) -> dict[str, str]:
@@ -63,19 +63,19 @@ def draw_curves(
     Args:
         history: Trainer's log, one dictionary a logged `step`.
         metrics: the run's figures; the compressors' bits per byte among them become lines to compare with.
-        loss_label: what the loss is, with its unit.
+        loss_label: what the loss is, with its unit; None for a loss that says nothing, which is not drawn.
         comparisons: other runs, each with its `name` and `metrics`; the accuracy of up to three of them, as many as can
             be told apart, becomes a line to compare with.
         accuracy_of: what an accuracy is a share of: images, tokens or pairs.
 
     Returns the file's name for each picture drawn: of `loss`, `bits_per_byte`, `accuracy` and `learning_rate`.
     """
-    loss, held_out_loss = _points(history, "loss"), _points(history, "eval_loss")
-    bits_per_byte, learning_rate = _points(history, "eval_bits_per_byte"), _points(history, "learning_rate")
+    loss, held_out_loss = points_of(history, "loss"), points_of(history, "eval_loss")
+    bits_per_byte, learning_rate = points_of(history, "eval_bits_per_byte"), points_of(history, "learning_rate")
     accuracies = {
         name: points
         for key, name in ACCURACIES[accuracy_of].items()
-        if len(points := _points(history, f"eval_{key}")) > 1
+        if len(points := points_of(history, f"eval_{key}")) > 1
     }
     compressors = {
         name: metrics[key]
@@ -85,10 +85,10 @@ def draw_curves(
 
     figures = {}
     with matplotlib.rc_context(STYLE):
-        if max(len(loss), len(held_out_loss)) > 1:
+        if loss_label is not None and max(len(loss), len(held_out_loss)) > 1:
             figures["loss"] = _loss_figure(loss, held_out_loss, loss_label)
             for unit in ("tokens", "images"):
-                _add_scale(figures["loss"].axes[0], _points(history, f"{unit}_seen"), f"{unit} seen")
+                _add_scale(figures["loss"].axes[0], points_of(history, f"{unit}_seen"), f"{unit} seen")
         if len(bits_per_byte) > 1:
             figures["bits_per_byte"] = _bits_per_byte_figure(bits_per_byte, compressors)
         if accuracies:
@@ -100,20 +100,19 @@ def draw_curves(
             )
         if len(learning_rate) > 1:
             figures["learning_rate"] = _learning_rate_figure(learning_rate)
-        for name, figure in figures.items():
+        for figure in figures.values():
             figure.axes[0].set_xlim(left=0)
-            folder.mkdir(exist_ok=True)
-            figure.savefig(folder / f"{name}.png")
+        save_figures(figures, folder)
     return {name: f"{name}.png" for name in figures}
 
 
-def _points(history: list[dict[str, Any]], key: str) -> list[Point]:
+def points_of(history: list[dict[str, Any]], key: str) -> list[Point]:
     """`(step, value)` of every entry that has the value."""
     return [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
 
 
 def _loss_figure(loss: list[Point], held_out_loss: list[Point], label: str) -> Figure:
-    figure, axes = _figure(WIDE, title="Loss", y_label=label)
+    figure, axes = new_figure(WIDE, title="Loss", y_label=label)
     if loss:
         axes.plot(*zip(*loss, strict=True), color=TRAINING, label="training")
     if held_out_loss:
@@ -134,7 +133,7 @@ def _add_scale(axes: Axes, seen: list[Point], label: str) -> None:
 
 
 def _accuracy_figure(accuracies: dict[str, list[Point]], others: dict[str, float], y_label: str) -> Figure:
-    figure, axes = _figure(HALF, title="Accuracy, held-out", y_label=y_label)
+    figure, axes = new_figure(HALF, title="Accuracy, held-out", y_label=y_label)
     for (name, points), color, marker in zip(accuracies.items(), (HELD_OUT, TRAINING), "os", strict=False):
         axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, label=name)
     for (name, value), dashes in zip(others.items(), DASHES, strict=False):
@@ -154,7 +153,7 @@ def shortened(text: str, length: int) -> str:
 
 
 def _bits_per_byte_figure(bits_per_byte: list[Point], compressors: dict[str, float]) -> Figure:
-    figure, axes = _figure(HALF, title="Bits per byte, held-out", y_label="bits per byte of text")
+    figure, axes = new_figure(HALF, title="Bits per byte, held-out", y_label="bits per byte of text")
     axes.plot(*zip(*bits_per_byte, strict=True), color=HELD_OUT, marker="o", markersize=4)
     for name, value in compressors.items():
         axes.axhline(value, color=REFERENCE, linestyle="--", linewidth=1)
@@ -166,14 +165,20 @@ def _bits_per_byte_figure(bits_per_byte: list[Point], compressors: dict[str, flo
 
 
 def _learning_rate_figure(learning_rate: list[Point]) -> Figure:
-    figure, axes = _figure(HALF, title="Learning rate", y_label="learning rate")
+    figure, axes = new_figure(HALF, title="Learning rate", y_label="learning rate")
     axes.plot(*zip(*learning_rate, strict=True), color=REFERENCE)
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
     return figure
 
 
-def _figure(size: tuple[float, float], title: str, y_label: str) -> tuple[Figure, Axes]:
+def save_figures(figures: dict[str, Figure], folder: Path) -> None:
+    for name, figure in figures.items():
+        folder.mkdir(exist_ok=True)
+        figure.savefig(folder / f"{name}.png")
+
+
+def new_figure(size: tuple[float, float], title: str, y_label: str) -> tuple[Figure, Axes]:
     # Figure without pyplot: nothing global, and the Agg canvas whatever screen the machine has.
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot(title=title, xlabel="step", ylabel=y_label)

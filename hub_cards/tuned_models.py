@@ -30,6 +30,8 @@ def describe_tuning(run: dict[str, Any]) -> dict[str, Any]:
     adapter, metrics = run["adapter"], run["metrics"]
     counted = run["counts"].get("eval", {})
     evaluated = counted["rows"] - counted["left_out"] if {"rows", "left_out"} <= counted.keys() else None
+    if run["task"] == "grpo":  # which leaves no problem out
+        evaluated = run["data"].get("eval", {}).get("rows")
     figures = {
         "adapter_only": bool(adapter) and not run["merged"],
         "base_on_hub": run["data"].get("model", {}).get("source") == "hub",
@@ -41,9 +43,11 @@ def describe_tuning(run: dict[str, Any]) -> dict[str, Any]:
         "evaluated": evaluated,
         "measured_before": any(name.endswith("_before") for name in metrics),
     }
+    if run["task"] == "grpo" and run["arguments"].get("apply_chat_template") is not False:
+        figures["tags"].append("conversational")
     if adapter:
         names = {"lora": True, "qlora": run["quantization"], "dora": adapter.get("use_dora")}
-        figures["tags"] = [name for name, used in names.items() if used]
+        figures["tags"] += [name for name, used in names.items() if used]
     accuracy = metrics.get("eval_accuracy")
     if (
         evaluated and accuracy is not None and 0 < accuracy < 1

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tiny_chat_model import ANSWERS, new_tiny_model, save_tiny_chat_model, tiny_
 
 from hf_models import LlamaStyleForCausalLM
 from training.evaluate import main, summed_loss
-from training.exact_match import given_answer, greedy_replies, is_right, load_questions
+from training.exact_match import generate_replies, given_answer, is_right, load_questions, prompt_ids
 from training.language_models import load_tokenizer
 from training.text_data import load_text_dataset
 
@@ -222,10 +223,24 @@ def test_replies_do_not_depend_on_the_batch():
     model = new_tiny_model(tokenizer)
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.3)  # far from uniform: a wrong mask would show
     prompts = [[tokenizer.bos_token_id, *torch.randint(0, 250, (length,)).tolist()] for length in (3, 17, 8, 30, 1)]
-    alone = [greedy_replies(model, tokenizer, [prompt], 12, 1)[0] for prompt in prompts]
-    assert greedy_replies(model, tokenizer, prompts, 12, 5) == alone
-    assert greedy_replies(model, tokenizer, prompts, 12, 2) == alone
-    assert len({reply["text"] for reply in alone}) > 1
+    alone = [generate_replies(model, tokenizer, [prompt], 12, 1)[0] for prompt in prompts]
+    assert generate_replies(model, tokenizer, prompts, 12, 5) == alone
+    assert generate_replies(model, tokenizer, prompts, 12, 2) == alone
+    assert len({reply["text"] for [reply] in alone}) > 1
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_rows_that_end_leave_the_batch_and_change_no_other(model, tokenizer, cache):
+    """Against `generate`, which goes on until all have ended; a static cache cannot lose rows."""
+    asked = [{"prompt": prompt} for prompt in (*ANSWERS, "A lake is water", "And then, at the spring?")]
+    prompts = prompt_ids(asked, tokenizer, apply_chat_template=True)
+    with patch.object(model.generation_config, "cache_implementation", cache):
+        replies = generate_replies(model, tokenizer, prompts, 50, 5)
+    for ids, [reply] in zip(prompts, replies, strict=True):
+        expected = model.generate(torch.tensor([ids]), max_new_tokens=50, do_sample=False)[0, len(ids) :].tolist()
+        assert reply["tokens"] == len(expected)
+        assert tokenizer.decode(expected).removesuffix(tokenizer.eot_token) == reply["text"]
+    assert len({reply["tokens"] for [reply] in replies}) > 2
 
 
 def test_answers_learnt_by_heart_are_right_and_end(evaluate, trained, tmp_path):

@@ -47,10 +47,13 @@ def sample_info(folder: Path) -> dict[str, Any]:
 
 
 def describe_source(local: Path | None) -> dict[str, Any]:
-    """What a run records of a place that `local_path` gave: a sample's `info`, or that it was the Hub."""
+    """What a run records of a place that `local_path` gave: the `info` that lies in it, or that it was the Hub.
+
+    Samples have an `info.json`, and so have the data that our commands make.
+    """
     if local is None:
         return {"source": "hub"}
-    return {"info": sample_info(local)} if local.parent == SAMPLE_DATA else {}
+    return {"info": sample_info(local)} if (local / "info.json").is_file() else {}
 
 
 def load_from_hub(

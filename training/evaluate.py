@@ -33,13 +33,13 @@ from .adapters import open_writer
 from .base_model import read_run
 from .command_line import parse_arguments, plain_errors
 from .dataset_source import local_path
-from .exact_match import given_answer, greedy_replies, is_right, load_questions, prompt_ids
+from .exact_match import generate_replies, given_answer, is_right, load_questions, prompt_ids
 from .harness_tasks import evaluate_tasks, load_tasks, our_tasks
 from .language_models import DTYPES
 from .packing import PackedBlockCollator, document_pieces
 from .pretrain_lm import token_losses
 from .quantization import QuantizationArguments, quantization_config
-from .run_record import FILE_NAME, portable
+from .run_record import FILE_NAME, portable, replace_file
 from .text_data import SUFFIXES, describe_texts, load_text_dataset
 
 # Pieces of a text where nothing says how long those were that the model was trained on.
@@ -278,9 +278,9 @@ def answer(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, inputs: Inputs, arguments: EvaluationArguments
 ) -> list[dict[str, Any]]:
     """Of each question the `reply`, what in it was `given` as the answer, and whether that is `right`."""
-    replies = greedy_replies(model, tokenizer, inputs.prompts, arguments.max_new_tokens, arguments.batch_size)
+    replies = generate_replies(model, tokenizer, inputs.prompts, arguments.max_new_tokens, arguments.batch_size)
     rows = []
-    for question, reply in zip(inputs.questions, replies, strict=True):
+    for question, [reply] in zip(inputs.questions, replies, strict=True):
         given = given_answer(reply["text"], question["answer"])
         right = is_right(given, question["answer"])
         rows.append(question | {"reply": reply["text"], "ended": reply["ended"], "given": given, "right": right})
@@ -318,17 +318,10 @@ def record(folder: Path, results: list[dict[str, Any]], replies: list[dict[str, 
             lines = "".join(json.dumps(reply, ensure_ascii=False) + "\n" for reply in replies)
             (folder / "evaluations").mkdir(exist_ok=True)
             file = re.sub(r"[^\w.-]+", "_", result["name"]).strip("_")
-            _replace(folder / "evaluations" / f"{file}.jsonl", lines)
-    _replace(folder / FILE_NAME, json.dumps(run, indent=2, ensure_ascii=False) + "\n")
+            replace_file(folder / "evaluations" / f"{file}.jsonl", lines)
+    replace_file(folder / FILE_NAME, json.dumps(run, indent=2, ensure_ascii=False) + "\n")
     if (TEMPLATES / f"{run.get('task')}.md.jinja").is_file():
         build_card(folder)
-
-
-def _replace(file: Path, text: str) -> None:
-    """Writes the file beside its place first: a killed process leaves the former."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
 
 
 def print_table(results: list[dict[str, Any]]) -> None:

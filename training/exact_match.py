@@ -1,4 +1,4 @@
-"""Questions whose answers can be checked: the model replies greedily, and a stated rule compares.
+"""Questions whose answers can be checked: the model replies, greedily or by chance, and a stated rule compares.
 
 The rule (`given_answer` and `is_right`): what the model answers is what stands in its reply's last
 <answer>...</answer>, or else the whole reply after its last </think>. Where the known answer is a number, the last
@@ -18,15 +18,18 @@ import datasets
 import jinja2
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import BatchEncoding
 
 from .dataset_source import describe_source, load_from_hub, local_path
 from .language_models import end_of_turn_ids
 from .packing import document_start
 
+# Of 1,024 replies of 50 tokens on average and 96 at most, a model of 0.9M parameters wrote 4,900 tokens a second on one
+# core in one go; 4, 8 and 16 at a time gave 12,400, 12,200 and 11,800.
+TOKENS_AT_ONCE = 8
 KINDS = {".parquet": "parquet", ".json": "json"}
-TAGGED = re.compile(r"<answer>(.*?)</answer>", flags=re.DOTALL | re.IGNORECASE)
+TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", flags=re.DOTALL | re.IGNORECASE)
 # A sign is part of a number unless it follows a number, a word or a bracket: then it subtracts.
 NUMBER = re.compile(r"(?<![\w)\]])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\d+(?:,\d{3})*(?:\.\d+)?")
 
@@ -162,42 +165,94 @@ def prompt_ids(
     return prompts
 
 
-@torch.no_grad()
-def greedy_replies(
+def generate_replies(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     max_new_tokens: int,
     batch_size: int,
-) -> list[dict[str, Any]]:
-    """Of each prompt the likeliest continuation, token by token: its `text`, and whether it `ended` by itself.
+    samples: int = 1,
+    temperature: float = 0.0,
+) -> list[list[dict[str, Any]]]:
+    """Of each prompt `samples` replies: the `text`, whether it `ended` by itself, its `tokens` with the end's.
 
-    Prompts of like length share a batch, padded on the left; that changes no reply.
+    Prompts of like length share a batch, padded on the left; that changes no reply of temperature 0.
+
+    Args:
+        prompts: token ids, none empty.
+        batch_size: replies that are written at once.
+        samples: replies to a prompt.
+        temperature: 0 takes the likeliest token each time. Otherwise tokens are drawn from all of the vocabulary,
+            whatever else the model's own generation settings say; torch's seed and the batch size decide which.
     """
     ends = end_of_turn_ids(tokenizer)
     padding = next(token for token in (tokenizer.pad_token_id, *ends, 0) if token is not None)
-    replies: list[dict[str, Any]] = [{}] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    for first in range(0, len(order), batch_size):
-        batch = order[first : first + batch_size]
-        length = len(prompts[batch[0]])
-        input_ids = torch.full((len(batch), length), padding)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, i in enumerate(batch):
-            input_ids[row, length - len(prompts[i]) :] = torch.tensor(prompts[i])
-            attention_mask[row, length - len(prompts[i]) :] = 1
-        generated = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
+    sampled = temperature > 0
+    sampling = {
+        "do_sample": sampled,
+        "temperature": temperature if sampled else None,
+        "top_k": 0 if sampled else None,
+        "top_p": 1.0 if sampled else None,
+        "min_p": None,
+        "min_new_tokens": None,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+    }
+    rows = [i for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) for _ in range(samples)]
+    replies: list[list[dict[str, Any]]] = [[] for _ in prompts]
+    for first in range(0, len(rows), batch_size):
+        batch = rows[first : first + batch_size]
+        continued = continue_prompts(model, [prompts[i] for i in batch], max_new_tokens, ends, padding, **sampling)
+        for i, ids in zip(batch, continued, strict=True):
+            ended = ids[-1] in ends
+            # Special tokens stay in the text: <answer> may be one.
+            text = tokenizer.decode(ids[:-1] if ended else ids)
+            replies[i].append({"text": text, "ended": ended, "tokens": len(ids)})
+    return replies
+
+
+@torch.no_grad()
+def continue_prompts(
+    model: nn.Module, prompts: list[list[int]], max_new_tokens: int, ends: list[int], padding: int, **options: Any
+) -> list[list[int]]:
+    """Of each prompt the new tokens, up to the first of `ends`, which is among them. `options` are `generate`'s.
+
+    `generate` goes on for all rows until the last one ends. So it is asked for a few tokens at a time, and between
+    these the rows that ended leave the batch, and the cache of keys and values.
+    """
+    longest = max(map(len, prompts))
+    input_ids = torch.tensor([[padding] * (longest - len(ids)) + ids for ids in prompts], device=model.device)
+    attention_mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    continued: list[list[int]] = [[] for _ in prompts]
+    running = list(range(len(prompts)))
+    cache, left, piece = None, max_new_tokens, TOKENS_AT_ONCE
+    while running and left > 0:
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            max_new_tokens=min(piece, left),
+            **options,
             eos_token_id=ends or None,
             pad_token_id=padding,
-        )[:, length:].tolist()
-        for i, ids in zip(batch, generated, strict=True):
+            return_dict_in_generate=True,
+        )
+        new = output.sequences[:, input_ids.shape[1] :]
+        left -= new.shape[1]
+        going = []
+        for row, (i, ids) in enumerate(zip(running, new.tolist(), strict=True)):
             end = next((place for place, token in enumerate(ids) if token in ends), None)
-            # Special tokens stay in the text: <answer> may be one.
-            replies[i] = {"text": tokenizer.decode(ids[:end]), "ended": end is not None}
-    return replies
+            continued[i] += ids if end is None else ids[: end + 1]
+            if end is None:
+                going.append(row)
+        running = [running[row] for row in going]
+        rows = torch.tensor(going, dtype=torch.long, device=model.device)
+        input_ids = output.sequences[rows]
+        attention_mask = torch.cat([attention_mask[rows], attention_mask.new_ones(len(rows), new.shape[1])], dim=1)
+        cache = output.past_key_values
+        if type(cache) is DynamicCache and all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
+            cache.batch_select_indices(rows)
+        else:  # A recurrent model's, a static one, none: the rest is written in one go, from what there is so far.
+            cache, piece = None, left
+    return continued

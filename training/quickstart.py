@@ -27,6 +27,9 @@ VISION_RECIPES = f"{RECIPES}/convnextv2_fcmae"
 CHAT = Path("runs/quickstart/chat")
 PROMPTS = ("The river", "In mathematics,", "Marie Curie was")
 QUESTIONS = ("Who was Marie Curie?", "What is a river?", "Hello! How are you today?")
+SUMS = ("4 + 3 - 1", "7 - 9 + 5", "2 + 8 + 6 - 3")
+SUM_PROMPT = "Question: State the final answer to the following arithmetic problem: {sum} =\nAnswer:"
+SUM_TEXTS = Path("runs/quickstart/sum_texts")
 SHOWN_IMAGES = 6
 
 # Run by a process that has never heard of us: the import is made to fail, and the folder's own code must do.
@@ -53,6 +56,13 @@ answer = pipeline("text-generation", folder, trust_remote_code=True)
 for question in inputs:
     conversation = answer([{"role": "user", "content": question}], max_new_tokens=96, do_sample=False)
     print(f"  {question} | {conversation[0]['generated_text'][-1]['content']}")
+"""
+SOLVE_PROBLEMS = """
+from transformers import pipeline
+
+solve = pipeline("text-generation", folder, trust_remote_code=True)
+for prompt in inputs:
+    print("  " + solve(prompt, max_new_tokens=40, do_sample=False)[0]["generated_text"].replace("\\n", " "))
 """
 CLASSIFY_IMAGES = """
 from pathlib import Path
@@ -107,6 +117,18 @@ PARTS = {
         'pipeline("text-generation")',
         ANSWER_QUESTIONS,
         lambda folder: list(QUESTIONS),
+    ),
+    "reasoning": Part(
+        (
+            ("training.chain_sum_texts", "--max_terms", "4", "--num_problems", "60000", "--output_dir", str(SUM_TEXTS)),
+            ("training.train_tokenizer", "--config", f"{RECIPES}/bpe_tokenizer/sums_quickstart.yaml"),
+            ("training.pretrain_lm", "--config", f"{RECIPES}/llama_style/pretrain_sums_quickstart.yaml"),
+            ("training.grpo", "--config", f"{RECIPES}/llama_style/grpo_quickstart.yaml"),
+        ),
+        Path("runs/quickstart/reasoner"),
+        'pipeline("text-generation")',
+        SOLVE_PROBLEMS,
+        lambda folder: [SUM_PROMPT.replace("{sum}", text) for text in SUMS],
     ),
     "vision": Part(
         (

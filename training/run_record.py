@@ -47,9 +47,14 @@ PATH_FIELDS = {
     "config",
     "dataset",
     "eval_dataset",
+    "general_dataset",
     "model",
     "output_dir",
     "path",
+    "prompt_dataset",
+    "recipes",
+    "reward_model",
+    "small",
     "tokenizer",
 }
 
@@ -112,12 +117,17 @@ class RunRecord:
         if not self.writes:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".json.partial")
-        partial.write_text(json.dumps(self.content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, self.path)
+        replace_file(self.path, json.dumps(self.content, indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, metrics: dict[str, Any], **sections: Any) -> None:
         self.save(metrics=metrics, status="finished", **sections)
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Writes the file beside its place first: a killed process leaves the former."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
 
 
 def portable(value: Any, name: str = "") -> Any:

@@ -209,7 +209,7 @@ def final_metrics(history: list[dict[str, float]], unit: str) -> dict[str, float
     What an evaluation before the first step (--eval_on_start) found has `_before` after its name.
     """
     steps = [entry for entry in history if "loss" in entry]  # the last step always logs
-    evaluations = [entry for entry in history if "eval_loss" in entry]
+    evaluations = [entry for entry in history if is_evaluation(entry)]
     metrics = {"train_loss": steps[-1]["loss"], f"{unit}_seen": steps[-1][f"{unit}_seen"]}
     for name in (f"{unit}_per_second", "matmul_share"):
         metrics[name] = statistics.median(entry[name] for entry in steps)
@@ -221,10 +221,15 @@ def final_metrics(history: list[dict[str, float]], unit: str) -> dict[str, float
     return metrics
 
 
+def is_evaluation(entry: dict[str, float]) -> bool:
+    """Whether an entry of a trainer's history tells of held-out data rather than of steps."""
+    return any(name.startswith("eval_") for name in entry)
+
+
 def evaluate_the_end(trainer) -> None:
     """Evaluates the trained model unless the last step did so already."""
     last_step = trainer.state.global_step
-    evaluated = any("eval_loss" in log for log in trainer.state.log_history if log["step"] == last_step)
+    evaluated = any(is_evaluation(log) for log in trainer.state.log_history if log["step"] == last_step)
     if trainer.eval_dataset is not None and (not evaluated or trainer.args.load_best_model_at_end):
         trainer.evaluate()
 

@@ -127,14 +127,8 @@ def check_tuning(
     if tuning.quantization.load_in_4bit and not tuning.adapter.use_peft:
         raise ValueError("Weights of 4 bits cannot be trained: give --use_peft true with --load_in_4bit true.")
     config = load_config(tuning.model.model, training.trust_remote_code)
-    context = getattr(config, "max_position_embeddings", None)
-    if "max_length" not in given and context:
-        training.max_length = min(training.max_length, context)
-    if training.max_length < 2 or (context and training.max_length > context):
-        raise ValueError(
-            f"--max_length {training.max_length} does not fit the model's context of {context} tokens "
-            "(max_position_embeddings): give 2 or more and at most that."
-        )
+    if hasattr(training, "max_length"):
+        _settle_length(config, training, given)
     template = getattr(training, "chat_template_path", None) or ""
     if template.endswith((".jinja", ".j2")) and not Path(template).is_file():
         raise FileNotFoundError(f"--chat_template_path {template} is not there: name an existing file.")
@@ -145,6 +139,17 @@ def check_tuning(
     return config
 
 
+def _settle_length(config: PreTrainedConfig, training: TuningTrainingArguments, given: dict[str, Any]) -> None:
+    context = getattr(config, "max_position_embeddings", None)
+    if "max_length" not in given and context:
+        training.max_length = min(training.max_length, context)
+    if training.max_length < 2 or (context and training.max_length > context):
+        raise ValueError(
+            f"--max_length {training.max_length} does not fit the model's context of {context} tokens "
+            "(max_position_embeddings): give 2 or more and at most that."
+        )
+
+
 def predict_memory(
     config: PreTrainedConfig,
     tuning: Tuning,
@@ -152,10 +157,12 @@ def predict_memory(
     auto_class: type = AutoModelForCausalLM,
     sequences_per_example: int = 1,
     reference_copy: bool = False,
+    length: int | None = None,
 ) -> None:
     """`--dry_run`: prints what a step of this run would hold, without loading anything.
 
     Args:
+        length: tokens of a sequence; by default `training.max_length`.
         sequences_per_example: 2 for pairs of a chosen and a rejected answer.
         reference_copy: whether the run holds a second, frozen model.
     """
@@ -164,7 +171,7 @@ def predict_memory(
     precision = choose_precision(training.device) if training.precision == "auto" else training.precision
     shape = TrainingShape(
         batch_size=training.per_device_train_batch_size,
-        length=training.max_length,
+        length=training.max_length if length is None else length,
         dtype=_dtype_in_memory(tuning, config),
         bf16=precision == "bf16",
         gradient_checkpointing=training.gradient_checkpointing,
