@@ -243,7 +243,7 @@ class GrpoTrainer(RunFolderMixin, DenseLogProbsMixin, GRPOTrainer):
                 texts = [part if isinstance(part, str) else part[-1]["content"] for part in (prompt, completion)]
                 row = {"step": self.state.global_step, "prompt": texts[0], "completion": texts[1]}
                 # Where a reward has nothing to say, it is NaN, which JSON has not.
-                values = {name: None if values[i] != values[i] else values[i] for name, values in rewards.items()}
+                values = {name: None if of[i] != of[i] else round(of[i], 4) for name, of in rewards.items()}
                 row |= values | {"advantage": round(self._logs["advantages"][i], 4)}
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
