@@ -82,6 +82,7 @@ def run(arguments: CollectArguments) -> dict[str, Any]:
         arguments.dataset,
         arguments.dataset_split,
         arguments.num_problems,
+        config=arguments.dataset_config,
         difficulty=arguments.difficulty,
         seed=arguments.problem_seed,
         question_column=arguments.question_column,

@@ -352,6 +352,7 @@ def load_rows(arguments: GrpoArguments, evaluates: bool) -> tuple[list[dict], li
             arguments.dataset,
             arguments.dataset_split,
             arguments.num_problems,
+            config=arguments.dataset_config,
             difficulty=arguments.difficulty,
             seed=arguments.problem_seed,
             **columns,
@@ -361,6 +362,7 @@ def load_rows(arguments: GrpoArguments, evaluates: bool) -> tuple[list[dict], li
                 arguments.eval_dataset or arguments.dataset,
                 arguments.eval_dataset_split,
                 arguments.num_eval_problems,
+                config=arguments.dataset_config if arguments.eval_dataset is None else None,
                 difficulty=arguments.eval_difficulty
                 or (arguments.difficulty if arguments.eval_dataset is None else None),
                 **columns,

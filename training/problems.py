@@ -37,6 +37,9 @@ class ProblemArguments:
             "or a Hub id, with a column of questions and one of answers."
         },
     )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a Hub data set that has several, such as gsm8k's main."}
+    )
     dataset_split: str = field(default="train", metadata={"help": "Split to train on; slices: train[:95%%]."})
     difficulty: dict[str, Any] | str | None = field(
         default=None,
@@ -80,6 +83,7 @@ def load_problems(
     split: str,
     size: int | None = None,
     *,
+    config: str | None = None,
     difficulty: dict[str, Any] | None = None,
     seed: int = 0,
     question_column: str = "question",
@@ -89,6 +93,7 @@ def load_problems(
 
     Args:
         size: how many; by default 1,000 of a generator and all of a data set.
+        config: of a data set of the Hub that has several.
         difficulty: of a generator, fields of its configuration.
         seed: of a generator, from 0 to 1,000: two seeds share no draw.
 
@@ -106,7 +111,7 @@ def load_problems(
     else:
         if difficulty:
             raise ValueError(f"--difficulty is for generators, and {dataset} is a data set: leave it off.")
-        problems = _read(dataset, split, size, question_column, answer_column)
+        problems = _read(dataset, config, split, size, question_column, answer_column)
         source = describe_source(local_path(dataset, None, SUFFIXES))
     digest = hashlib.sha256(json.dumps(problems, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
     return problems, {"dataset": dataset, "split": split, "fingerprint": digest, "rows": len(problems)} | source
@@ -175,12 +180,14 @@ def _generate(name: str, split: str, size: int, difficulty: dict[str, Any], seed
     )
 
 
-def _read(dataset: str, split: str, size: int | None, question_column: str, answer_column: str) -> list[dict[str, str]]:
+def _read(
+    dataset: str, config: str | None, split: str, size: int | None, question_column: str, answer_column: str
+) -> list[dict[str, str]]:
     local = local_path(dataset, None, SUFFIXES)
     if local is None:
-        rows = load_from_hub(dataset, split, None, False, None)
+        rows = load_from_hub(dataset, split, config, streaming=False, modality=None)
     else:
-        rows = load_local_files(local, split, None, _check_file, kinds=("parquet", "json"))
+        rows = load_local_files(local, split, config, _check_file, kinds=("parquet", "json"))
     for option, column in (("question_column", question_column), ("answer_column", answer_column)):
         if column not in rows.column_names:
             raise ValueError(
