@@ -4,15 +4,16 @@
 
 The text of the demonstration of reinforcement learning (`training.r1`), whose base has to know what it is to select:
 - facts, a step each: `12+7=19`;
-- questions of reasoning-gym's `chain_sum` and an answer in one of the styles of `STYLES`. Few are worked and tagged: a
-  base that always answered so would leave nothing to reinforcement learning but arithmetic. Direct answers are wrong
-  now and then, and some of the steps too, as in text from the web;
+- questions of reasoning-gym's `chain_sum` and an answer in one of the styles of `WORKED` and `DIRECT`. Few are worked
+  and tagged: a base that always answered so would leave nothing to reinforcement learning but arithmetic. Direct
+  answers are wrong now and then, and some of the steps too, as in text from the web;
 - articles of the sample `wikipedia_leads`.
 No question of the test split of `chain_sum` is in it (see `training.problems.held_out`). Writes train.jsonl and
 test.jsonl, one document a line, which `--dataset` takes, and info.json.
 """
 
 import json
+import math
 import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,19 +24,14 @@ from .run_record import replace_file
 from .text_data import iterate_texts, load_text_dataset
 
 PROMPT = "Question: {question}\nAnswer:"
-# Shares of the answers. "worked" and "tagged" show their steps, "tagged" between tags.
-STYLES = {
-    "number": 0.22,
-    "sentence": 0.18,
-    "answer_tag": 0.10,
-    "worked": 0.20,
-    "tagged": 0.15,
-    "cut": 0.08,
-    "refusal": 0.07,
-}
+# Weights of the ways to answer, those that show their steps ("tagged" and "cut" between tags) and those that do not.
+WORKED = {"worked": 20, "tagged": 15, "cut": 8}
+DIRECT = {"number": 22, "sentence": 18, "answer_tag": 10, "refusal": 7}
 WRONG_ANSWERS = 0.2  # of those that are given directly
 WRONG_STEPS = 0.05
 FACTS_A_DOCUMENT = 8
+# There are 200 sums of two digits and 4,000 of three, of which nine in ten are not held out.
+MOST_SHORT = {2: 150, 3: 3000}
 ABOUT = {
     "name": "Worked chain sums, and Wikipedia leads (English)",
     "modality": "text",
@@ -53,12 +49,13 @@ ABOUT = {
 @dataclass
 class TextArguments:
     output_dir: str = field(default="runs/r1_demo/texts", metadata={"help": "The folder to write, new."})
-    num_problems: int = field(default=110_000, metadata={"help": "Worked problems."})
+    num_problems: int = field(default=110_000, metadata={"help": "Questions, as many of each length as there are."})
     num_facts: int = field(default=25_000, metadata={"help": f"Documents of {FACTS_A_DOCUMENT} facts."})
     num_articles: int = field(default=800, metadata={"help": "Articles of wikipedia_leads."})
     min_terms: int = field(default=2, metadata={"help": "Fewest terms of a sum."})
     max_terms: int = field(default=10, metadata={"help": "Most terms of a sum."})
     num_test: int = field(default=500, metadata={"help": "Documents of the held-out split."})
+    worked_share: float = field(default=0.43, metadata={"help": "Share of the answers that show their steps."})
     seed: int = field(default=0, metadata={"help": "Of styles, mistakes and order."})
 
 
@@ -113,13 +110,13 @@ def write_texts(arguments: TextArguments) -> dict[str, int]:
     problems = []
     for terms in lengths:
         difficulty = {"min_terms": terms, "max_terms": terms, "min_digits": 1, "max_digits": 1}
-        size = -(-arguments.num_problems // len(lengths))
-        if terms <= 3:  # 200 and 4,000 there are in all
-            size = min(size, 150 if terms == 2 else 3000)
+        size = math.ceil(arguments.num_problems / len(lengths))
+        size = min(size, MOST_SHORT.get(terms, size))
         problems += load_problems("reasoning_gym:chain_sum", "train", size, difficulty=difficulty, seed=900)[0]
     for problem in problems:
         expression = json.loads(problem["entry"])["metadata"]["expression"]
-        style = rng.choices(list(STYLES), STYLES.values())[0]
+        styles = WORKED if rng.random() < arguments.worked_share else DIRECT
+        style = rng.choices(list(styles), styles.values())[0]
         documents.append(
             PROMPT.replace("{question}", problem["question"]) + answer_in(style, expression, problem["answer"], rng)
         )

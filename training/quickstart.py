@@ -27,9 +27,8 @@ VISION_RECIPES = f"{RECIPES}/convnextv2_fcmae"
 CHAT = Path("runs/quickstart/chat")
 PROMPTS = ("The river", "In mathematics,", "Marie Curie was")
 QUESTIONS = ("Who was Marie Curie?", "What is a river?", "Hello! How are you today?")
-SUMS = ("4 + 3 - 1", "7 - 9 + 5", "2 + 8 + 6 - 3")
+SUMS = ("4 + 3 - 1 + 7", "7 - 9 + 5 - 2", "2 + 8 + 6 - 3")
 SUM_PROMPT = "Question: State the final answer to the following arithmetic problem: {sum} =\nAnswer:"
-SUM_TEXTS = Path("runs/quickstart/sum_texts")
 SHOWN_IMAGES = 6
 
 # Run by a process that has never heard of us: the import is made to fail, and the folder's own code must do.
@@ -120,7 +119,7 @@ PARTS = {
     ),
     "reasoning": Part(
         (
-            ("training.chain_sum_texts", "--max_terms", "4", "--num_problems", "60000", "--output_dir", str(SUM_TEXTS)),
+            ("training.chain_sum_texts", "--config", f"{RECIPES}/llama_style/sum_texts_quickstart.yaml"),
             ("training.train_tokenizer", "--config", f"{RECIPES}/bpe_tokenizer/sums_quickstart.yaml"),
             ("training.pretrain_lm", "--config", f"{RECIPES}/llama_style/pretrain_sums_quickstart.yaml"),
             ("training.grpo", "--config", f"{RECIPES}/llama_style/grpo_quickstart.yaml"),
