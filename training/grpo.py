@@ -178,6 +178,8 @@ class GrpoTrainer(RunFolderMixin, DenseLogProbsMixin, GRPOTrainer):
         if self.use_vllm or self.use_transformers_continuous_batching or self._sharded:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         # TRL's way goes on for all completions until the last one ends.
+        of_its_own = ("max_new_tokens", "eos_token_id", "pad_token_id")
+        options = {name: value for name, value in self.generation_kwargs.items() if name not in of_its_own}
         with self._whole_model() as model:
             completions = continue_prompts(
                 model,
@@ -185,7 +187,7 @@ class GrpoTrainer(RunFolderMixin, DenseLogProbsMixin, GRPOTrainer):
                 self.args.max_completion_length,
                 self.eos_token_ids,
                 self.processing_class.pad_token_id,
-                generation_config=self.generation_config,
+                **options,
             )
         return completions, None
 
@@ -293,7 +295,6 @@ class GrpoTrainer(RunFolderMixin, DenseLogProbsMixin, GRPOTrainer):
                 self.model_wrapped,
                 self.accelerator,
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                generation_kwargs=self.generation_kwargs,
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):

@@ -46,7 +46,7 @@ from .command_line import parse_arguments, plain_errors
 from .exact_match import prompt_ids
 from .language_models import load_language_model, load_tokenizer
 from .problems import load_problems, prompt_of, without
-from .run_record import FILE_NAME, RunRecord, replace_file
+from .run_record import FILE_NAME, RunRecord, portable, replace_file
 from .solving import difference_interval, mean_interval, measure
 
 DEMO_RECIPES = "training/recipes/llama_style/r1_demo"
@@ -523,6 +523,7 @@ def _examples(by_model: dict) -> list[dict[str, Any]]:
 
 
 def write_report(road: Road, report: dict[str, Any]) -> None:
+    report = portable(report)
     replace_file(road.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     road.record.finish({}, report=report)
     build_card(road.out)

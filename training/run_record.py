@@ -47,6 +47,7 @@ PATH_FIELDS = {
     "config",
     "dataset",
     "eval_dataset",
+    "folder",
     "general_dataset",
     "model",
     "output_dir",
