@@ -10,7 +10,6 @@ DAPO's token mean is over all groups of a batch, not over each; Dr. GRPO's const
 adds unless told not to (`use_bias_correction_kl`): the KL is weighted by the ratio (DeepSeek-V3.2, arXiv 2512.02556).
 """
 
-import gc
 import math
 from types import SimpleNamespace
 
@@ -65,14 +64,6 @@ def side_reward(prompts, completion_ids, **kwargs):
         0.25 if prompt == TIED else fixed_random(ids, salt=2)
         for prompt, ids in zip(prompts, completion_ids, strict=True)
     ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection():
-    """Each `train()` collects garbage, and to look at every library's objects takes longer than these runs."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
