@@ -1,6 +1,7 @@
 """GRPO as a user runs it: it learns what is rewarded, one seed is one result, and a reward that fails loses nothing."""
 
 import json
+import shutil
 
 import pytest
 from grpo_runs import ARGUMENTS, make_inputs
@@ -8,8 +9,9 @@ from safetensors.torch import load_file
 from training_runs import command, kill_when_there, run
 
 from training.adapters import open_for_inference
-from training.grpo import main, prepare
+from training.grpo import GrpoArguments, _failing_together, load_rows, main, prepare
 from training.language_models import load_language_model
+from training.rewards import RewardError
 
 MODULE = "training.grpo"
 
@@ -123,6 +125,27 @@ def test_an_adapter(grpo, inputs):
     open_for_inference(str(folder))
 
 
+def test_prompts_alone_are_those_that_the_record_tells_of():
+    arguments = GrpoArguments(
+        model="x", dataset="", prompt_dataset="instructions", prompt_dataset_split="train[:20]", reward_model="y",
+        rewards=[""], num_eval_problems=6,
+    )  # fmt: skip
+    train, held_out, data, counts = load_rows(arguments, evaluates=True)
+    assert (len(train), len(held_out), arguments.rewards) == (20, 6, [])
+    assert (data["train"]["rows"], data["eval"]["rows"], counts["rows"]) == (20, 6, 20)
+    assert held_out[0]["prompt"][-1]["role"] == "user"
+
+
+def test_the_command_line_takes_a_recipe_s_reward_model_back():
+    arguments = GrpoArguments(model="x", reward_model="", prompt_dataset="")
+    assert (arguments.reward_model, arguments.prompt_dataset) == (None, None)
+
+
+def test_the_best_model_is_that_of_the_highest_accuracy(grpo):
+    _, record = grpo(load_best_model_at_end=True, eval_steps=2)
+    assert record["metrics"]["eval_pass@1"] == max(value for _, value in history(record, "eval_pass@1"))
+
+
 # ---- rewards that fail -----------------------------------------------------------------------------------------------
 
 
@@ -164,20 +187,68 @@ def test_a_reward_that_fails_is_named_and_the_steps_before_it_are_kept(
         ({"reward_weights": [1.0]}, "--reward_weights gives 1 weights and there are 2 rewards (accuracy, format)"),
         ({"reward_model": "x"}, "give both or neither"),
         ({"max_completion_length": 64}, "--max_completion_length 64 does not fit the model's context of 64"),
-        ({"num_iterations": 2, "save_steps": 3}, "a batch of completions serves 2 steps: give a multiple of 2"),
+        ({"num_iterations": 2, "save_steps": 3}, "completions are new every 2 steps: give a multiple of 2"),
         ({"log_completions": True}, "--log_completions has no effect here"),
         ({"question_column": "question"}, "has no column 'question', only q, a: set --question_column"),
         ({"num_generations": 3}, "must be divisible by num_generations"),
         ({"eval_samples": 0}, "--eval_samples is 0"),
         ({"difficulty": '{"a": 1}'}, "--difficulty is for generators"),
+        (
+            {"load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_steps": 2},
+            "take one of pass@1, pass@2, lenient",
+        ),
+        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "completions are new every 3 steps"),
     ],
     ids=str,
 )
 def test_mistakes_are_told_in_one_line(grpo, capsys, changes, message):
     error = refused(grpo, capsys, **changes)
-    assert error.startswith("Error: ")
-    assert message in error
-    assert error.count("\n") == 1
+    last = error.splitlines()[-1]  # after the progress of reading data, where that is read for the first time
+    assert last.startswith("Error: ")
+    assert message in last
+    assert "Traceback" not in error
+
+
+def with_a_long_problem(folder, split, inputs):
+    """The problems, to one split of which one is added that does not fit the model's context."""
+    shutil.copytree(inputs / "problems", folder)
+    with (folder / f"{split}.jsonl").open("a") as file:
+        file.write(json.dumps({"q": "1 + 2 + " * 20 + "3 =", "a": "63"}) + "\n")
+    return folder
+
+
+def test_a_held_out_problem_that_does_not_fit_is_told_before_training(grpo, capsys, inputs, tmp_path):
+    dataset = with_a_long_problem(tmp_path / "long", "test", inputs)
+    error = refused(grpo, capsys, dataset=dataset, num_eval_problems=21)
+    assert "exceed the model's context of 64" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_problems_that_do_not_fit_are_left_out_and_counted(grpo, inputs, tmp_path):
+    dataset = with_a_long_problem(tmp_path / "long", "train", inputs)
+    trainer, _ = grpo(function=prepare, dataset=dataset)
+    assert len(trainer.train_dataset) == 80
+    assert trainer.record.content["counts"]["train"] == {"rows": 81, "left_out": 0, "too_long": 1}
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+def test_a_reward_that_fails_in_another_process_fails_here_as_well(monkeypatch):
+    reward = _failing_together(lambda prompts: [1.0])
+    assert reward(["?"]) == [1.0]
+    monkeypatch.setattr("training.grpo.gather_object", lambda faults: [*faults, "The reward 'x' raised"])
+    with pytest.raises(RewardError, match="The reward 'x' raised"):
+        reward(["?"])
+
+
+def test_a_process_may_have_no_held_out_problem(grpo):
+    trainer, _ = grpo(function=prepare, num_eval_problems=1)
+    trainer.held_out = []
+    assert trainer._answer_held_out() == ([], [])
+
+
+# ---- stopped ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

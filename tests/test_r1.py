@@ -18,9 +18,10 @@ def road(tmp_path, monkeypatch):
     """Runs `training.r1` with stages that only leave a finished folder, and models that solve a known share."""
     recipes = tmp_path / "recipes"
     recipes.mkdir()
-    for name in [*r1.STAGES, "final_rules_only"]:
+    for name in r1.STAGES:
         content = {"dataset": "reasoning_gym:chain_sum", "num_problems": 20}
         content["difficulty"] = {"min_terms": 4 if name == "zero" else 6, "max_terms": 6, "max_digits": 1}
+        content["reward_weights"] = [1.0, 0.3, 0.2]
         (recipes / f"{name}.yaml").write_text(yaml.safe_dump(content))
     ran = []
     solved = {"base": 2, "zero": 5, "sft": 5, "final": 7, "small": 1, "distilled": 6}
@@ -134,8 +135,9 @@ def test_skipped_stages_are_replaced_by_what_came_before(road):
     assert road.start("--skip", "zero", "reward", "small") == ["seed-0/zero_samples", "seed-0/sft", "seed-0/final"]
     info = json.loads((road.folder / "run.json").read_text())["stages"]["seed-0/zero_samples"]["command"]
     assert "--model B" in info
-    assert "--reward_model" not in words_of(road, "final")
-    assert "final_rules_only" in " ".join(words_of(road, "final"))
+    words = words_of(road, "final")
+    assert words[words.index("--reward_model") + 1] == words[words.index("--prompt_dataset") + 1] == ""
+    assert words[words.index("--reward_weights") + 1 :][:2] == ["1.0", "0.3"]
     assert "small" not in json.loads((road.folder / "report.json").read_text())["stages"]
 
 
@@ -151,16 +153,40 @@ def test_a_recipe_that_changed(road, capsys):
         road.start()
     assert "The recipe of" in (error := capsys.readouterr().err)
     assert "give --again sft, or undo it" in error
-    shutil.rmtree(road.folder / "seed-0" / "sft")  # what is gone can be made in another way
-    assert road.start()[0] == "seed-0/sft"
+    assert road.start("--again", "sft") == [f"seed-0/{name}" for name in ORDER[2:]]
+
+
+def test_what_was_made_from_a_folder_that_is_gone_is_not_taken_for_up_to_date(road, capsys):
+    road.start()
+    evaluation = road.folder / "seed-0" / "evaluations" / "distilled.json"
+    evaluation.parent.mkdir()
+    evaluation.write_text("{}")
+    shutil.rmtree(road.folder / "seed-0" / "distilled")
+    assert road.start() == ["seed-0/distilled"]
+    assert not evaluation.exists()
+    shutil.rmtree(road.folder / "seed-0" / "sft")
+    with pytest.raises(SystemExit):
+        road.start()
+    assert "seed-0/reward, " in (error := capsys.readouterr().err)
+    assert "give --again sft" in error
+
+
+def test_a_stage_that_all_seeds_share_is_made_again_for_all(road):
+    road.start("--seeds", "0", "1")
+    again = r1.Road(SimpleNamespace(output_dir=road.folder, base=None, small=None, skip=[], seeds=[0]), None)
+    again.remove_from("small")
+    left = sorted(folder.name for seed in (0, 1) for folder in (road.folder / f"seed-{seed}").iterdir())
+    assert left == sorted(2 * ORDER[:-1])
+    again.remove_from("base")
+    assert not [folder for seed in (0, 1) for folder in (road.folder / f"seed-{seed}").iterdir()]
 
 
 def test_a_base_that_solves_nothing_ends_the_road(road, capsys):
     road.solved["base"] = 0
-    assert road.start("--skip", "distilled")
     with pytest.raises(SystemExit):
-        road.start("--skip", "distilled", "--min_base_solved", "0.6", "--again", "zero", "--output_dir", "other")
+        road.start("--min_base_solved", "0.6")
     assert "solves 50.0% of Zero's problems in 8 tries" in capsys.readouterr().err
+    assert road.start("--min_base_solved", "0.4") == [f"seed-0/{name}" for name in ORDER]
 
 
 @pytest.mark.parametrize(
@@ -171,6 +197,7 @@ def test_a_base_that_solves_nothing_ends_the_road(road, capsys):
         (["--seeds", "1", "1"], "give at least one, and none twice"),
         (["--eval_dataset", "reasoning_gym:none"], "no generator 'none'"),
         (["--recipes", "nowhere"], "needs the recipe nowhere/zero.yaml"),
+        (["--eval_dataset_split", "train"], "Some held-out problems are in the data of final: name another"),
     ],
 )
 def test_mistakes_are_told_in_one_line(road, capsys, words, message):

@@ -18,9 +18,11 @@ types, clipping, KL (--beta), several updates a batch (--num_iterations), vLLM (
 """
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,9 +43,8 @@ from .reward_health import RewardHealth
 from .rewards import REWARDS, TAGS, RewardError, checked, reward_by_name, reward_model
 from .run_folder_trainer import RunFolderMixin
 from .run_setup import evaluate_the_end, final_metrics, finish_run, train_from_command_line
-from .solving import mean_interval, sample_replies, summarise
+from .solving import check_room, mean_interval, sample_replies, summarise
 from .tuning import (
-    Tuning,
     TuningTrainingArguments,
     check_tuning,
     open_base,
@@ -99,6 +100,9 @@ class GrpoArguments(LanguageModelArguments, ProblemArguments):
             self.eval_difficulty = json.loads(self.eval_difficulty)
         if isinstance(self.rewards, str):
             self.rewards = [self.rewards]
+        self.rewards = [name for name in self.rewards if name]  # the command line's way to give none
+        # "" takes back what a recipe gives.
+        self.reward_model, self.prompt_dataset = self.reward_model or None, self.prompt_dataset or None
         if (self.reward_model is None) != (self.prompt_dataset is None):
             raise ValueError("--reward_model scores the replies to --prompt_dataset: give both or neither.")
         if not self.rewards and self.reward_model is None:
@@ -131,19 +135,21 @@ class GrpoTrainingArguments(TuningTrainingArguments, GRPOConfig):
     def __post_init__(self):
         # TRL's own evaluation asks for batches of whole groups; ours samples as many replies as --eval_samples says.
         self.num_generations_eval = 1
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "pass@1"
         super().__post_init__()
 
     @property
-    def steps_a_generation(self) -> int:
-        """Optimizer steps that one batch of completions serves."""
-        return max(1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
+    def steps_a_cycle(self) -> int:
+        """Optimizer steps after which a new batch of completions and a new step begin together."""
+        generation = self.steps_per_generation * self.num_iterations
+        return math.lcm(generation, self.gradient_accumulation_steps) // self.gradient_accumulation_steps
 
 
 class GrpoTrainer(RunFolderMixin, DenseLogProbsMixin, GRPOTrainer):
     """TRL's trainer that writes down what was sampled, and evaluates by solving held-out problems.
 
     Args:
-        asks: how the rows are put to the model: whether in the chat template.
         held_out: rows `question`, `answer`, `entry` and `prompt`; of those without an answer the reward model's score
             is taken.
         samples: replies to each.
@@ -274,17 +280,19 @@ class GrpoTrainer(RunFolderMixin, DenseLogProbsMixin, GRPOTrainer):
         # Where the processes share a forward pass they all do the same, or one would wait for another that has ended.
         process, processes = (0, 1) if self._sharded else (self.args.process_index, self.args.world_size)
         mine = self.held_out[process::processes]
-        with self._whole_model() as model:
-            replies = sample_replies(
-                model,
-                self.processing_class,
-                prompt_ids(mine, self.processing_class, apply_chat_template=False),
-                samples=self.samples,
-                temperature=1.0,
-                max_new_tokens=self.args.max_completion_length,
-                batch_size=self.args.per_device_eval_batch_size,
-                seed=self.args.seed + process,
-            )
+        replies: list[list[dict]] = []
+        if mine:  # there may be fewer rows than processes
+            with self._whole_model() as model:
+                replies = sample_replies(
+                    model,
+                    self.processing_class,
+                    prompt_ids(mine, self.processing_class, apply_chat_template=False),
+                    samples=self.samples,
+                    temperature=1.0,
+                    max_new_tokens=self.args.max_completion_length,
+                    batch_size=self.args.per_device_eval_batch_size,
+                    seed=self.args.seed + process,
+                )
         return (mine, replies) if processes == 1 else (gather_object(mine), gather_object(replies))
 
     @contextmanager
@@ -345,7 +353,7 @@ def _flat_metrics(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def load_rows(arguments: GrpoArguments, evaluates: bool) -> tuple[list[dict], list[dict], dict[str, Any], dict]:
-    """Rows to train on and to evaluate on, the description of both for `run.json`, and counts."""
+    """Rows to train on and to evaluate on, the description of both for `run.json`, and counts of the first."""
     columns = {"question_column": arguments.question_column, "answer_column": arguments.answer_column}
     train, held_out, data, counts = [], [], {}, {}
     if arguments.dataset:
@@ -369,31 +377,34 @@ def load_rows(arguments: GrpoArguments, evaluates: bool) -> tuple[list[dict], li
                 **columns,
             )
             apart = without(train, held_out)
-            counts = {"train": {"rows": len(train), "left_out": len(train) - len(apart)}}
+            counts["left_out"] = len(train) - len(apart)
             train = apart
         for row in train + held_out:
             row["prompt"] = prompt_of(row["question"], arguments.prompt_template, arguments.apply_chat_template)
     if arguments.prompt_dataset is not None:
-        prompts, data["prompts"] = _load_prompts(arguments, arguments.prompt_dataset_split)
+        prompts, data["prompts"] = _load_prompts(arguments.prompt_dataset, arguments.prompt_dataset_split)
         data.setdefault("train", data["prompts"])
         train = train + prompts
         if evaluates and not held_out:
-            held_out, data["eval"] = _load_prompts(arguments, arguments.eval_dataset_split)
-            held_out = held_out[: arguments.num_eval_problems]
-    return train, held_out, data, counts
+            held_out, data["eval"] = _load_prompts(
+                arguments.prompt_dataset, arguments.eval_dataset_split, arguments.num_eval_problems
+            )
+    return train, held_out, data, {"rows": len(train) + counts.get("left_out", 0)} | counts
 
 
-def _load_prompts(arguments: GrpoArguments, split: str) -> tuple[list[dict], dict[str, Any]]:
+def _load_prompts(dataset: str, split: str, limit: int | None = None) -> tuple[list[dict], dict[str, Any]]:
     """Each conversation up to its first answer."""
-    rows = load_conversations(arguments.prompt_dataset, split)
+    rows = load_conversations(dataset, split)
     if rows.column_names != ["messages"]:
-        raise ValueError(f"{arguments.prompt_dataset} has no conversations of messages: --prompt_dataset needs those.")
+        raise ValueError(f"{dataset} has no conversations of messages: --prompt_dataset needs those.")
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
     prompts = []
     for row in rows:
         first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
         messages = row["messages"][:first]
         prompts.append({"question": messages[-1]["content"], "answer": "", "entry": "", "prompt": messages})
-    return prompts, describe_rows(rows, arguments.prompt_dataset, split)
+    return prompts, describe_rows(rows, dataset, split)
 
 
 def check_lengths(
@@ -418,14 +429,13 @@ def check_lengths(
 
 def open_rewards(arguments: GrpoArguments, training: GrpoTrainingArguments) -> tuple[list[Callable], Callable | None]:
     """The reward functions, checked, with the reward model's last, and that one alone; fills in the weights."""
-    functions = [
-        checked(name, reward_by_name(name, training.max_completion_length), arguments.reward_timeout)
-        for name in arguments.rewards
-    ]
+    by_name = {name: reward_by_name(name, training.max_completion_length) for name in arguments.rewards}
     score = None
     if arguments.reward_model is not None:
-        score = reward_model(arguments.reward_model, training.device)
-        functions.append(checked(REWARD_MODEL, score, arguments.reward_timeout))
+        by_name[REWARD_MODEL] = score = reward_model(arguments.reward_model, training.device)
+    functions = [
+        _failing_together(checked(name, function, arguments.reward_timeout)) for name, function in by_name.items()
+    ]
     names = [function.__name__ for function in functions]
     if training.reward_weights is None:
         training.reward_weights = [DEFAULT_WEIGHTS.get(name, 1.0) for name in names]
@@ -435,6 +445,23 @@ def open_rewards(arguments: GrpoArguments, training: GrpoTrainingArguments) -> t
             f"({', '.join(names)}): give one each."
         )
     return functions, score
+
+
+def _failing_together(function: Callable) -> Callable:
+    """`function`, which fails in every process where it fails in one: all of them have to write the checkpoint."""
+
+    @wraps(function)
+    def reward(*args, **kwargs):
+        values, fault = None, None
+        try:
+            values = function(*args, **kwargs)
+        except RewardError as error:
+            fault = str(error)
+        if faults := [text for text in gather_object([fault]) if text is not None]:
+            raise RewardError(faults[0])
+        return values
+
+    return reward
 
 
 def check_arguments(
@@ -454,14 +481,18 @@ def check_arguments(
     }.items():
         if name in given:
             raise ValueError(f"--{name} has no effect here: {why}.")
-    cycle = training.steps_a_generation
-    for name in ("save_steps", "eval_steps"):
-        steps = getattr(training, name)
-        if steps and steps >= 1 and int(steps) % cycle:
-            raise ValueError(
-                f"--{name} is {steps:g} and a batch of completions serves {cycle} steps: give a multiple of {cycle}, "
-                "so that a resumed run samples where the stopped one did."
-            )
+    steps, cycle = training.save_steps, training.steps_a_cycle
+    if training.save_strategy == "steps" and steps >= 1 and int(steps) % cycle:
+        raise ValueError(
+            f"--save_steps is {steps:g} and completions are new every {cycle} steps: give a multiple of {cycle}, so "
+            "that a resumed run samples where the stopped one did."
+        )
+    measured = [REWARD_MODEL]
+    if arguments.dataset:
+        measured = ["pass@1", f"pass@{arguments.eval_samples}", "lenient_pass@1", "format", "ended", "tokens"]
+    best = training.metric_for_best_model
+    if training.load_best_model_at_end and best.removeprefix("eval_") not in measured:
+        raise ValueError(f"--metric_for_best_model is {best!r}: take one of {', '.join(measured)}.")
     if arguments.prompt_dataset is not None and not arguments.apply_chat_template:
         raise ValueError("--prompt_dataset holds chats: give --apply_chat_template true, and a model that chats.")
 
@@ -480,8 +511,8 @@ def prepare() -> tuple[GrpoTrainer, str | None] | None:
     context = getattr(config, "max_position_embeddings", None)
     check_arguments(arguments, training, given, context)
     if tuning.dry_run.dry_run:
-        length = PREDICTED_PROMPT + training.max_completion_length
-        copied = training.beta != 0 and holds_reference(tuning)
+        length = min(PREDICTED_PROMPT + training.max_completion_length, context or 2**31)
+        copied = training.beta != 0 and not tuning.adapter.use_peft  # below an adapter the base is the reference
         predict_memory(config, tuning, training, reference_copy=copied, length=length)
         return None
     train_rows, held_out, data, counts = load_rows(arguments, training.eval_strategy != "no")
@@ -492,7 +523,12 @@ def prepare() -> tuple[GrpoTrainer, str | None] | None:
             f"{', '.join(stripped)} are special tokens of {arguments.model}, which TRL takes out of completions before "
             "they are rewarded: make them ordinary added tokens."
         )
-    train_rows = check_lengths(train_rows, tokenizer, training, context)
+    fitting = check_lengths(train_rows, tokenizer, training, context)
+    counts["too_long"] = len(train_rows) - len(fitting)
+    train_rows = fitting
+    if held_out:
+        held_out_ids = prompt_ids(held_out, tokenizer, apply_chat_template=False)
+        check_room(model, held_out_ids, training.max_completion_length)
     model = with_adapter(
         model, tokenizer, tuning, training, added_tokens, lambda: _prompt_batches(train_rows, tokenizer)
     )
@@ -504,7 +540,7 @@ def prepare() -> tuple[GrpoTrainer, str | None] | None:
         training,
         given,
         data,
-        counts,
+        {"train": counts},
         (
             "num_generations",
             "max_completion_length",
@@ -539,11 +575,6 @@ def prepare() -> tuple[GrpoTrainer, str | None] | None:
             matmul_peak=peak,
         )
     return trainer, checkpoint
-
-
-def holds_reference(tuning: Tuning) -> bool:
-    """Whether --beta keeps a second copy of the model; below an adapter the base serves."""
-    return not tuning.adapter.use_peft
 
 
 def _prompt_batches(rows: list[dict[str, Any]], tokenizer):

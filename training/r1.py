@@ -12,9 +12,9 @@ For each seed:
 Before these, for all seeds, where no --base is given: `texts`, `tokenizer`, `base`, and the smaller base `small`.
 
 A stage is one command of ours with the recipe of its name, run in a folder of its own, and a folder that is finished is
-not made again; the same command goes on where it was stopped. `--again STAGE` removes that stage and all after it
-first. `--skip` leaves stages out: without `zero` the base is sampled from, without `reward` only rules reward, without
-`final` the fine-tuned model is distilled.
+not made again; the same command goes on where it was stopped. `--again STAGE` removes that stage and all that was made
+from it first. `--skip` leaves stages out: without `zero` the base is sampled from, without `reward` only rules reward,
+without `final` the fine-tuned model is distilled.
 
 At the end every model solves the same held-out problems, which no stage has seen: all generated problems are told apart
 by the hash of their question (`training.problems.held_out`), and problems of a data set by comparison. Out come
@@ -113,7 +113,7 @@ class R1Arguments:
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "The road is gone once for each."})
     skip: list[str] = field(default_factory=list, metadata={"help": f"Stages to leave out, of {', '.join(SKIPPABLE)}."})
-    again: str | None = field(default=None, metadata={"help": "A stage to make again, with all that comes after it."})
+    again: str | None = field(default=None, metadata={"help": "A stage to make again, with all that is made from it."})
     eval_dataset: str = field(default="reasoning_gym:chain_sum", metadata={"help": "Problems of the report."})
     eval_dataset_split: str = field(default="test", metadata={"help": "Their split."})
     eval_difficulty: dict[str, Any] | str | None = field(default=None, metadata={"help": "Their difficulty, as JSON."})
@@ -170,7 +170,10 @@ class Road:
             return self.given[name]
         if name in self.arguments.skip:
             return None if SKIPPABLE[name] is None else self.folder(SKIPPABLE[name], seed)
-        return str(self.out / name if STAGES[name].shared else self.out / f"seed-{seed}" / name)
+        return str(self._own_folder(name, seed))
+
+    def _own_folder(self, name: str, seed: int) -> Path:
+        return self.out / name if STAGES[name].shared else self.out / f"seed-{seed}" / name
 
     def command(self, name: str, seed: int) -> list[str]:
         stage = STAGES[name]
@@ -179,33 +182,52 @@ class Road:
             folder = self.folder(source, seed)
             if folder is not None:
                 words += [f"--{option}", folder]
+        if name == "final" and "reward" in self.arguments.skip:
+            words += ["--reward_model", "", "--prompt_dataset", ""]
+            if weights := load_recipe(self, name).get("reward_weights"):
+                words += ["--reward_weights", *map(str, weights[:-1])]
         words += ["--output_dir", self.folder(name, seed)]
         if not stage.shared:
             words += ["--seed", str(seed)]
         return ["-m", stage.module, *words]
 
     def _recipe(self, name: str) -> Path:
-        without_reward = name == "final" and "reward" in self.arguments.skip
-        return Path(self.arguments.recipes) / f"{'final_rules_only' if without_reward else name}.yaml"
+        return Path(self.arguments.recipes) / f"{name}.yaml"
 
     def check(self) -> None:
-        for name in self.stages:
+        # Two of the recipes say how the models are asked as well.
+        for name in [*self.stages, "zero", "final"]:
             if not self._recipe(name).is_file():
                 raise FileNotFoundError(f"The stage {name} needs the recipe {self._recipe(name)}: write it.")
 
     def remove_from(self, first: str) -> None:
-        """Removes the folders of a stage and of all after it, with the evaluations of their models."""
-        order = list(STAGES)
-        for name in order[order.index(first) :]:
-            for seed in self.arguments.seeds:
-                if name in self.stages:
-                    shutil.rmtree(self.folder(name, seed), ignore_errors=True)
-                for file in (self.out / f"seed-{seed}" / "evaluations").glob(f"{name}*.json"):
-                    file.unlink()
-                for own in ("zero", "final"):
-                    if name in (own, STAGES[own].inputs["model"]):
-                        for file in (self.out / f"seed-{seed}" / "evaluations").glob(f"own_{own}_*.json"):
-                            file.unlink()
+        """Removes the folders of a stage and of all that is made from it, with the evaluations of their models."""
+        seeds = set(self.arguments.seeds)
+        if STAGES[first].shared:
+            seeds |= {int(folder.name.removeprefix("seed-")) for folder in self.out.glob("seed-*")}
+        for seed in seeds:
+            for name in (first, *made_from(first)):
+                if name not in self.given:
+                    shutil.rmtree(self._own_folder(name, seed), ignore_errors=True)
+                    self._remove_evaluations(name, seed)
+
+    def _remove_evaluations(self, name: str, seed: int) -> None:
+        of_name = [name]
+        for stage in ("zero", "final"):
+            of_name += [f"own_{stage}_before"] * (name == STAGES[stage].inputs["model"])
+            of_name += [f"own_{stage}_after"] * (name == stage)
+        for one in of_name:
+            evaluation_file(self, seed, one).unlink(missing_ok=True)
+
+    def _check_gone(self, name: str, seed: int) -> None:
+        """Of a stage that is about to be made: ValueError where something that was made from it is there already."""
+        made = [folder for later in made_from(name) if (folder := self._own_folder(later, seed)).exists()]
+        if made:
+            raise ValueError(
+                f"{self._own_folder(name, seed)} is to be made, and {', '.join(map(str, made))} would not be of it: "
+                f"give --again {name}."
+            )
+        self._remove_evaluations(name, seed)
 
     def run(self, name: str, seed: int) -> None:
         """Runs a stage unless its folder is finished; its command and recipe have to be those that began it."""
@@ -221,6 +243,8 @@ class Road:
             raise ValueError(f"The {what} of {folder} has changed since it was begun: give --again {name}, or undo it.")
         if finished(folder):
             return
+        if not folder.exists():
+            self._check_gone(name, seed)
         self.record.save(stages=made | {key: asked})
         print(f"\n== {key}: {asked['command']}", flush=True)
         start = time.perf_counter()
@@ -233,6 +257,15 @@ class Road:
         seconds = round(time.perf_counter() - start, 1)
         self.record.save(stages=made | {key: asked | {"seconds": seconds}})
         print(f"== {seconds:.0f} s", flush=True)
+
+
+def made_from(stage: str) -> list[str]:
+    """All that a stage's result goes into, directly or not."""
+    found = {stage}
+    for name, one in STAGES.items():  # each stands after what it is made from
+        if found & set(one.inputs.values()):
+            found.add(name)
+    return [name for name in STAGES if name in found - {stage}]
 
 
 def _die_with_parent() -> None:
@@ -293,14 +326,18 @@ def evaluate(road: Road, model: str, seed: int, file: Path, problems: list[dict]
 def own_problems(road: Road, stage: str) -> tuple[list[dict], dict[str, Any]]:
     """Held-out problems of the kind that a stage of reinforcement learning trains on, and their description."""
     recipe = load_recipe(road, stage)
-    columns = {name: recipe[name] for name in ("question_column", "answer_column") if name in recipe}
     return load_problems(
         recipe.get("eval_dataset", recipe["dataset"]),
         recipe.get("eval_dataset_split", "test"),
         road.arguments.num_eval_problems,
         difficulty=recipe.get("eval_difficulty", recipe.get("difficulty")),
-        **columns,
+        config=None if "eval_dataset" in recipe else recipe.get("dataset_config"),
+        **_columns(recipe),
     )
+
+
+def _columns(recipe: dict[str, Any]) -> dict[str, str]:
+    return {name: recipe[name] for name in ("question_column", "answer_column") if name in recipe}
 
 
 def evaluation_file(road: Road, seed: int, name: str) -> Path:
@@ -321,27 +358,27 @@ def check_base(road: Road, seed: int) -> None:
 
 
 def questions_of(road: Road, seed: int) -> dict[str, set[str]]:
-    """The questions that each stage's data hold."""
+    """The questions that each stage's data hold, of data that are not made yet none."""
     found: dict[str, set[str]] = {}
     for name in road.stages:
         folder = Path(road.folder(name, seed))
-        if name == "texts":
+        if name == "texts" and finished(folder):
             lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()
             documents = [json.loads(line)["text"] for line in lines]
             found[name] = {text.split("\nAnswer:")[0].removeprefix("Question: ") for text in documents}
-        elif name.endswith("_samples"):
+        elif name.endswith("_samples") and finished(folder):
             rows = pq.read_table(folder / "train.parquet").to_pylist()
             found[name] = {message["content"] for row in rows for message in row["messages"]}
         elif name in ("zero", "final"):
             recipe = load_recipe(road, name)
-            columns = {column: recipe[column] for column in ("question_column", "answer_column") if column in recipe}
             rows, _ = load_problems(
                 recipe["dataset"],
                 recipe.get("dataset_split", "train"),
                 recipe.get("num_problems"),
                 difficulty=recipe.get("difficulty"),
                 seed=recipe.get("problem_seed", 0),
-                **columns,
+                config=recipe.get("dataset_config"),
+                **_columns(recipe),
             )
             # A data set's problems that are held out elsewhere are left out by `training.grpo` as well.
             found[name] = {row["question"] for row in without(rows, own_problems(road, name)[0])}
@@ -546,8 +583,9 @@ def write_report(road: Road, report: dict[str, Any]) -> None:
 def main() -> None:
     with plain_errors():
         arguments, given = parse_arguments(R1Arguments, description=__doc__)
-        # Seeds may be added and stages left out or made again in the same folder.
-        asked = {name: value for name, value in given.items() if name not in ("seeds", "skip", "again")}
+        # These may change in the same folder: seeds are added, stages left out or made again.
+        free = ("seeds", "skip", "again", "min_base_solved", "launcher")
+        asked = {name: value for name, value in given.items() if name not in free}
         problems, description = load_problems(
             arguments.eval_dataset,
             arguments.eval_dataset_split,
@@ -557,6 +595,7 @@ def main() -> None:
         record = RunRecord.start(arguments.output_dir, "r1", asked, {"eval": description})
         road = Road(arguments, record)
         road.check()
+        check_apart(road, problems)  # what can be told before hours of training
         if arguments.again is not None:
             road.remove_from(arguments.again)
         record.content["status"] = "running"
