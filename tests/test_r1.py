@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from training import r1
+from training import r1, r1_report, r1_road
 
 ORDER = ["zero", "zero_samples", "sft", "reward", "final", "final_samples", "distilled"]
 
@@ -18,7 +18,7 @@ def road(tmp_path, monkeypatch):
     """Runs `training.r1` with stages that only leave a finished folder, and models that solve a known share."""
     recipes = tmp_path / "recipes"
     recipes.mkdir()
-    for name in r1.STAGES:
+    for name in r1_road.STAGES:
         content = {"dataset": "reasoning_gym:chain_sum", "num_problems": 20}
         content["difficulty"] = {"min_terms": 4 if name == "zero" else 6, "max_terms": 6, "max_digits": 1}
         content["reward_weights"] = [1.0, 0.3, 0.2]
@@ -63,9 +63,9 @@ def road(tmp_path, monkeypatch):
             }
         return measured
 
-    monkeypatch.setattr(r1, "subprocess", SimpleNamespace(run=stage))
+    monkeypatch.setattr(r1_road, "subprocess", SimpleNamespace(run=stage))
     monkeypatch.setattr(r1, "evaluate", evaluate)
-    monkeypatch.setattr(r1, "build_card", lambda folder: None)
+    monkeypatch.setattr(r1_report, "build_card", lambda folder: None)
 
     def start(*words):
         ran.clear()
