@@ -71,3 +71,5 @@ def test_again_and_other_arguments(texts, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert "holds other texts: choose another --output_dir" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--min_terms 5 is more than --max_terms 4"):
+        TextArguments(min_terms=5, max_terms=4)

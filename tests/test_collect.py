@@ -1,6 +1,7 @@
 """Collecting: what is verified is kept, the folder is one that SFT reads, and a killed command goes on."""
 
 import json
+import shutil
 import sys
 from unittest.mock import patch
 
@@ -102,6 +103,22 @@ def test_the_same_command_again_finds_the_folder_finished(inputs, tmp_path, monk
     with pytest.raises(SystemExit):
         main()
     assert "keep was 1 and is now 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("license", "kept"), [("mit", None), ("cc-by-sa-4.0", "cc-by-sa-4.0")])
+def test_of_two_licences_none_is_claimed_and_both_notices_are_kept(inputs, tmp_path, license, kept):
+    source = tmp_path / "problems"
+    source.mkdir()
+    shutil.copy(inputs / "problems.jsonl", source / "train.jsonl")
+    about = {"name": "Sums", "modality": "chat", "license": license, "attribution": "By a teacher."}
+    (source / "info.json").write_text(json.dumps(about))
+    changes = {"general_dataset": "instructions", "general_split": "test[:3]"}
+    asked = arguments(inputs, tmp_path / "collected", **changes)
+    asked.dataset = str(source)
+    info = run(asked)
+    assert info.get("license") == kept
+    assert info["attribution"].startswith("By a teacher. ")
+    assert "Wikipedia" in info["attribution"]
 
 
 class Killed(BaseException):

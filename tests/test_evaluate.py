@@ -211,6 +211,16 @@ def test_the_questions_of_our_tasks_have_one_right_answer_each():
         ("<think>Rome or Paris</think> Paris.", "Paris", "Paris.", True),
         ("", "Paris", "", False),
         ("?", "!", "?", False),
+        ("It is .5", "0.5", ".5", True),
+        ("It is -.5", ".5", "-.5", False),
+        ("It is...5", "5", "5", True),
+        ("<answer>-1/2</answer>", "1/2", "-1/2", False),
+        ("<answer>(1/2).</answer>", "1/2", "(1/2).", True),
+        ("-x", "x", "-x", False),
+        ("[1, 2)", "(1, 2]", "[1, 2)", False),
+        ("**(A)**", "a", "**(A)**", True),
+        ("A)", "A", "A)", True),
+        ("C", "C++", "C", False),
     ],
 )
 def test_the_rule_of_exact_match(reply, answer, given, right):

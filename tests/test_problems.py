@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from training import problems
 from training.problems import ProblemArguments, held_out, load_problems, prompt_of, without
 
 EASY = {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 1}
@@ -60,12 +61,13 @@ def test_more_problems_than_there_are():
         ("reasoning_gym:chain_sum", {"difficulty": {"terms": 3}}, "--difficulty names terms; chain_sum has min_terms"),
         ("reasoning_gym:chain_sum", {"difficulty": {"min_terms": 5, "max_terms": 2}}, "is refused by chain_sum"),
         ("reasoning_gym:chain_sum", {"seed": 5000}, "a seed from 0 to 1,000"),
+        ("reasoning_gym:chain_sum", {"size": 0}, "0 problems .* ask for 1 or more"),
         ("problems.jsonl", {}, "no file or folder 'problems.jsonl'"),
     ],
 )
 def test_mistakes_are_named(dataset, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load_problems(dataset, "train", 10, **options)
+        load_problems(dataset, "train", **{"size": 10} | options)
 
 
 def write(path, rows):
@@ -98,6 +100,25 @@ def test_a_row_without_an_answer_is_named(tmp_path):
     file = write(tmp_path / "p.jsonl", [{"question": "One?", "answer": "1"}, {"question": "Two?", "answer": ""}])
     with pytest.raises(ValueError, match="row 2 has no question or no answer"):
         load_problems(file, "train")
+    file = write(tmp_path / "working.jsonl", [{"question": "One?", "answer": "It is one. ####"}])
+    with pytest.raises(ValueError, match="row 1 has no question or no answer"):
+        load_problems(file, "train")
+    file = write(tmp_path / "lists.jsonl", [{"question": "One?", "answer": ["1", "one"]}])
+    with pytest.raises(ValueError, match=r"row 1 has the answer .*: give a text or a number"):
+        load_problems(file, "train")
+
+
+@pytest.mark.parametrize("content", ["[1, 2", '["a"]', '{"rows": 1}'])
+def test_an_info_file_of_somebody_else_is_none_of_ours(tmp_path, content):
+    write(tmp_path / "train.jsonl", [{"question": "One?", "answer": "1"}])
+    (tmp_path / "info.json").write_text(content)
+    assert "info" not in load_problems(str(tmp_path), "train")[1]
+
+
+def test_a_block_of_problems_goes_on_where_the_one_before_ends(monkeypatch):
+    whole = questions("train", 200, difficulty=HARD)
+    monkeypatch.setattr(problems, "BLOCK", 50)
+    assert questions("train", 200, difficulty=HARD) == whole
 
 
 def test_what_is_held_out_is_taken_from_the_training_rows():
@@ -112,3 +133,5 @@ def test_prompts():
         ProblemArguments(prompt_template="Q:")
     with pytest.raises(ValueError, match="--difficulty is not JSON"):
         ProblemArguments(difficulty="{max")
+    with pytest.raises(ValueError, match=r"--difficulty is \[4\]: give fields"):
+        ProblemArguments(difficulty="[4]")

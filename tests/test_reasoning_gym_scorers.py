@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import subprocess
 import sys
 from fractions import Fraction
 
@@ -10,6 +12,7 @@ import pytest
 from training.reasoning_gym_scorers import (
     CANNOT_BE_STORED,
     EVALUATES_ANSWERS,
+    NOT_REPEATABLE,
     PRAISES_WRONG_ANSWERS,
     VERIFIERS,
     arithmetic,
@@ -39,7 +42,7 @@ def test_a_full_score_takes_the_number_itself():
 
 
 @pytest.mark.parametrize(
-    "name", sorted(EVALUATES_ANSWERS - VERIFIERS.keys() | PRAISES_WRONG_ANSWERS | CANNOT_BE_STORED)
+    "name", sorted(EVALUATES_ANSWERS - VERIFIERS.keys() | PRAISES_WRONG_ANSWERS | CANNOT_BE_STORED | NOT_REPEATABLE)
 )
 def test_tasks_that_cannot_be_scored_safely_are_refused(name):
     with pytest.raises(ValueError, match=f"reasoning_gym:{name} .*: take another task"):
@@ -100,6 +103,37 @@ def test_puzzle24_takes_the_given_numbers():
     assert generator_score("3 * 8 * 1 * 1", entry) == 0
 
 
+DRAW = """
+import contextlib, hashlib, json, sys
+from reasoning_gym.factory import DATASETS, create_dataset
+drawn = {}
+with contextlib.redirect_stdout(sys.stderr):
+    for name in sorted(DATASETS.keys() - {"composite"}):
+        problems = [repr(create_dataset(name, size=6, seed=7)[i]["question"]) for i in range(6)]
+        drawn[name] = hashlib.sha256("".join(problems).encode()).hexdigest()
+print(json.dumps(drawn))
+"""
+
+
+@pytest.mark.slow
+def test_no_other_task_of_the_installed_version_draws_other_problems_at_each_start():
+    one, other = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", DRAW],
+                env={**os.environ, "PYTHONHASHSEED": seed},
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=300,
+            ).stdout
+        )
+        for seed in ("1", "2")
+    )
+    refused = NOT_REPEATABLE | CANNOT_BE_STORED | EVALUATES_ANSWERS - VERIFIERS.keys()
+    assert {name for name in one if one[name] != other[name]} <= refused
+
+
 recorded: list[str] | None = None
 
 
@@ -127,7 +161,8 @@ def test_no_other_task_of_the_installed_version_evaluates_answers_or_praises_non
                 if recorded:
                     evaluating.add(name)
                 recorded = None
-            if name in EVALUATES_ANSWERS - VERIFIERS.keys() | PRAISES_WRONG_ANSWERS | CANNOT_BE_STORED:
+            refused = EVALUATES_ANSWERS - VERIFIERS.keys() | PRAISES_WRONG_ANSWERS | CANNOT_BE_STORED
+            if name in refused | NOT_REPEATABLE:
                 continue
             stored = json.dumps(entry, ensure_ascii=False, default=str)
             example = entry["metadata"].get("example_answer", entry["metadata"].get("example_correct_answer"))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_chat_model import tiny_tokenizer
+from transformers import LlamaConfig, LlamaForSequenceClassification
 from trl.rewards import get_repetition_penalty_reward
 
 from hf_models import LlamaStyleConfig, LlamaStyleForSequenceClassification
@@ -124,6 +125,15 @@ def test_tags_in_the_question_are_not_the_models():
         ("Infinity", "1", False),
         ("Paris.", "paris", True),
         ("tac", "cat", False),
+        (".5", "0.5", True),
+        (".5", "5", False),
+        ("-1/2", "1/2", False),
+        (r"-\pi", r"\pi", False),
+        ("-x + 1", "x + 1", False),
+        ("[1, 2)", "(1, 2]", False),
+        ("1{,}000", "1000", True),
+        (r"10\,000", r"10,\!000", True),
+        (r"10\,001", r"10,\!000", False),
     ],
 )
 def test_numbers_in_other_notations(given, answer, right):
@@ -230,7 +240,7 @@ def raises(prompts, completions, **columns):
     ("function", "message"),
     [
         (raises, r"raised ZeroDivisionError .*'q1'.*'bad'"),
-        (loops, r"took longer than 0.3 s.*'q1'.*'bad'"),
+        (loops, r"took longer than 0.3 s for 3 completions.*'q1'.*'bad'"),
         (lambda completions, **_: [1.0], r"gave 1 values for 3 completions"),
         (lambda completions, **_: [float("nan") if c == "bad" else 1.0 for c in completions], r"finite.*'q1'.*'bad'"),
         (lambda completions, **_: [math.inf] * len(completions), "finite"),
@@ -310,6 +320,19 @@ def test_a_reward_model_scores_conversations_whatever_the_batch(scorer):
     asked = score(prompts=["And a lake?"], completions=[texts[1]])
     assert asked == pytest.approx(expected[1:2], abs=1e-5)
     assert score(prompts=["?"], completions=["12"], answer=["12"]) == [None]
+
+
+def test_a_reward_model_of_transformers_own_may_pad_with_another_token(scorer, tmp_path):
+    _, _, tokenizer = scorer
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, num_labels=1, initializer_range=0.5,
+    )  # fmt: skip
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    columns = {"prompts": ["What is a river?", "?"], "completions": ["Water that flows.", "Yes"]}
+    together, alone = (reward_model(str(tmp_path), "cpu", batch_size=size)(**columns) for size in (2, 1))
+    assert together == pytest.approx(alone, abs=1e-5)
 
 
 def test_what_is_no_reward_model(scorer, tmp_path):

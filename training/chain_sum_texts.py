@@ -58,6 +58,12 @@ class TextArguments:
     worked_share: float = field(default=0.43, metadata={"help": "Share of the answers that show their steps."})
     seed: int = field(default=0, metadata={"help": "Of styles, mistakes and order."})
 
+    def __post_init__(self):
+        if self.min_terms > self.max_terms:
+            raise ValueError(
+                f"--min_terms {self.min_terms} is more than --max_terms {self.max_terms}: give at most that."
+            )
+
 
 def steps_of(expression: str, rng: random.Random, wrong_share: float) -> tuple[list[str], int]:
     """ "9 - 3 + 6" -> (["9-3=6", "6+6=12"], 12). A wrong step is off by one or two, and is carried on."""

@@ -290,13 +290,21 @@ def _exchange(question: str, answer: str) -> list[dict[str, str]]:
 def describe(
     arguments: CollectArguments, asked: dict[str, Any], sources: dict[str, dict[str, Any]], counts: dict[str, Any]
 ) -> dict[str, Any]:
-    """`info.json`, with the licence of the general conversations, or else of the problems, as the `sources` have it."""
+    """`info.json`, with the licence of the general conversations, or else of the problems, as the `sources` have it.
+
+    Of two licences none is given, but that a generated problem is nobody's text and asks for nothing.
+    """
     names = [sources["problems"].get("name", asked["arguments"]["dataset"])]
     if arguments.general_dataset:
         names.append(sources["general"].get("name", asked["arguments"]["general_dataset"]))
     info = {"name": f"Verified answers to {', and '.join(names)}", "modality": "chat"}
-    known = sources["problems"] | sources.get("general", {})
-    info |= {name: known[name] for name in ("license", "language", "attribution") if name in known}
+    read = [sources["problems"], sources.get("general", {})]
+    known = read[0] | read[1]
+    info |= {name: known[name] for name in ("license", "language") if name in known}
+    if asked["data"]["problems"].get("source") != "generator" and len({*_named(read, "license")}) > 1:
+        del info["license"]  # neither is that of both
+    if notices := list(dict.fromkeys(_named(read, "attribution"))):
+        info["attribution"] = " ".join(notices)
     origin = (
         f"Answers of a language model to {counts['problems']} problems ({asked['arguments']['dataset']}), "
         f"{arguments.samples} samples of each at temperature {arguments.temperature}: {counts['accepted']} were right "
@@ -306,6 +314,10 @@ def describe(
     if arguments.general_dataset:
         origin += f" {counts['general']} conversations of {asked['arguments']['general_dataset']} are mixed in."
     return info | {"origin": origin, "made_by": asked | {"counts": counts}}
+
+
+def _named(sources: list[dict[str, Any]], name: str) -> list[str]:
+    return [source[name] for source in sources if name in source]
 
 
 def main() -> None:

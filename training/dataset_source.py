@@ -49,15 +49,19 @@ def sample_info(folder: Path) -> dict[str, Any]:
 def describe_source(local: Path | None) -> dict[str, Any]:
     """What a run records of a place that `local_path` gave: the `info` that lies in it, or that it was the Hub.
 
-    Samples have an `info.json`, and so have the data that our commands make.
+    Samples have an `info.json`, and so have the data that our commands make; a file of that name may be another's.
     """
     if local is None:
         return {"source": "hub"}
-    return {"info": sample_info(local)} if (local / "info.json").is_file() else {}
+    try:
+        info = sample_info(local)
+    except (OSError, ValueError):
+        return {}
+    return {"info": info} if isinstance(info, dict) and {"name", "modality"} <= info.keys() else {}
 
 
 def load_from_hub(
-    dataset: str, split: str, config: str | None, streaming: bool, modality: str
+    dataset: str, split: str, config: str | None, streaming: bool, modality: str | None
 ) -> datasets.Dataset | datasets.IterableDataset:
     try:
         return datasets.load_dataset(dataset, config, split=split, streaming=streaming)

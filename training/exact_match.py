@@ -3,13 +3,13 @@
 The rule (`given_answer` and `is_right`): what the model answers is what stands in its reply's last
 <answer>...</answer>, or else the whole reply after its last </think>. Where the known answer is a number, the last
 number in that has to be equal to it as a number (1,000 is 1000.0). Otherwise the whole of it has to be equal to the
-known answer but for case, white space, and punctuation at its ends.
+known answer but for case, white space, punctuation at its ends and brackets around it; signs and the brackets of a list
+are no punctuation: -1/2 is not 1/2, nor [1, 2) the same as (1, 2].
 """
 
 import hashlib
 import json
 import re
-import string
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,12 @@ TOKENS_AT_ONCE = 8
 KINDS = {".parquet": "parquet", ".json": "json"}
 TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", flags=re.DOTALL | re.IGNORECASE)
 # A sign is part of a number unless it follows a number, a word or a bracket: then it subtracts.
-NUMBER = re.compile(r"(?<![\w)\]])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\d+(?:,\d{3})*(?:\.\d+)?")
+NUMBER = re.compile(
+    r"(?<![\w)\]])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\d+(?:,\d{3})*(?:\.\d+)?"
+    r"|(?<![\w)\].])[-+]?\.\d+"
+)
+PUNCTUATION = " .,:;?!\"'`*_$%\\"
+BRACKETED = re.compile(r"[(\[{]?([^()\[\]{},;]*)[)\]}]?")
 
 
 def given_answer(reply: str, answer: str) -> str:
@@ -56,7 +61,10 @@ def _number(text: str) -> Decimal | None:
 
 def _normalised(text: str) -> str:
     text = " ".join(text.casefold().split())
-    return text.strip(string.punctuation + " ") or text
+    inner = text.strip(PUNCTUATION)
+    if bracketed := BRACKETED.fullmatch(inner):
+        inner = bracketed[1].strip(PUNCTUATION)
+    return inner or text
 
 
 def load_questions(

@@ -37,7 +37,7 @@ from .chat_data import describe_rows, load_conversations
 from .dense_log_probs import DenseLogProbsMixin
 from .exact_match import continue_prompts, prompt_ids
 from .language_models import LanguageModelArguments, flops_per_token
-from .problems import ProblemArguments, load_problems, prompt_of, without
+from .problems import ProblemArguments, load_problems, parse_difficulty, prompt_of, without
 from .quantization import keep_adapter_dtype
 from .reward_health import RewardHealth
 from .rewards import REWARDS, TAGS, RewardError, checked, reward_by_name, reward_model
@@ -96,8 +96,7 @@ class GrpoArguments(LanguageModelArguments, ProblemArguments):
     def __post_init__(self):
         LanguageModelArguments.__post_init__(self)
         ProblemArguments.__post_init__(self)
-        if isinstance(self.eval_difficulty, str):
-            self.eval_difficulty = json.loads(self.eval_difficulty)
+        self.eval_difficulty = parse_difficulty("eval_difficulty", self.eval_difficulty)
         if isinstance(self.rewards, str):
             self.rewards = [self.rewards]
         self.rewards = [name for name in self.rewards if name]  # the command line's way to give none
@@ -181,7 +180,9 @@ class GrpoTrainer(RunFolderMixin, DenseLogProbsMixin, GRPOTrainer):
         return prompt_ids(questions, self.processing_class, apply_chat_template=False), None, {}
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        if self.use_vllm or self.use_transformers_continuous_batching or self._sharded:
+        # Of `continue_prompts`' pieces some of what --generation_kwargs may ask for would hold for each piece alone.
+        own_way = self.use_vllm or self.use_transformers_continuous_batching or self.args.generation_kwargs
+        if own_way or self._sharded:
             return super()._generate_single_turn(prompt_ids, *args, **kwargs)
         # TRL's way goes on for all completions until the last one ends.
         of_its_own = ("max_new_tokens", "eos_token_id", "pad_token_id")

@@ -24,6 +24,8 @@ HELD_OUT_SHARE = 10
 # Generators draw from 31 bits at most (some hand the seed to numpy): the upper half is the test split's.
 SEEDS_OF_SPLIT = {"train": 0, "test": 2**30}
 SEEDS_A_DRAW = 2**20
+# Problems for which a generator is opened at once: acre makes all of them then, and a million take gigabytes.
+BLOCK = 20_000
 # An answer as GSM8K writes it: the working, and after this the number.
 FINAL_ANSWER = "####"
 
@@ -62,15 +64,23 @@ class ProblemArguments:
     )
 
     def __post_init__(self):
-        if isinstance(self.difficulty, str):
-            try:
-                self.difficulty = json.loads(self.difficulty)
-            except ValueError as error:
-                raise ValueError(f'--difficulty is not JSON such as {{"max_terms": 4}}: {error}.') from error
+        self.difficulty = parse_difficulty("difficulty", self.difficulty)
         if "{question}" not in self.prompt_template:
             raise ValueError(
                 f"--prompt_template is {self.prompt_template!r}: put {{question}} where the question goes."
             )
+
+
+def parse_difficulty(option: str, value: Any) -> dict[str, Any] | None:
+    """The fields that `--difficulty` or another `option` like it gives, as JSON or as a mapping of a recipe."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f'--{option} is not JSON such as {{"max_terms": 4}}: {error}.') from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f'--{option} is {value!r}: give fields of a generator, such as {{"max_terms": 4}}.')
+    return value
 
 
 def held_out(question: str) -> bool:
@@ -103,6 +113,8 @@ def load_problems(
         ValueError: an unknown generator, split, field of a difficulty or column; fewer problems than were asked for.
         FileNotFoundError: no such data set.
     """
+    if size is not None and size < 1:
+        raise ValueError(f"{size} problems of {dataset} were asked for: ask for 1 or more.")
     if dataset.startswith(GENERATORS):
         size = 1000 if size is None else size
         problems = _generate(dataset.removeprefix(GENERATORS), split, size, difficulty or {}, seed)
@@ -151,21 +163,22 @@ def _generate(name: str, split: str, size: int, difficulty: dict[str, Any], seed
     check_generator(name)
     if split not in SEEDS_OF_SPLIT:
         raise ValueError(f"A generator has the splits 'train' and 'test', not {split!r}.")
-    if size < 1 or not 0 <= seed < 2**30 // SEEDS_A_DRAW:
-        raise ValueError(f"--num_problems {size} or --problem_seed {seed}: give 1 or more, and a seed from 0 to 1,000.")
+    if not 0 <= seed < 2**30 // SEEDS_A_DRAW:
+        raise ValueError(f"--problem_seed is {seed}: give a seed from 0 to 1,000.")
     known = [field.name for field in dataclasses.fields(DATASETS[name][1]) if field.name not in ("seed", "size")]
     if unknown := difficulty.keys() - set(known):
         raise ValueError(f"--difficulty names {', '.join(sorted(unknown))}; {name} has {', '.join(known)}.")
-    try:
-        generated = create_dataset(
-            name, seed=SEEDS_OF_SPLIT[split] + seed * SEEDS_A_DRAW, size=SEEDS_A_DRAW, **difficulty
-        )
-    except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"--difficulty {json.dumps(difficulty)} is refused by {name}: {error}.") from error
     problems: dict[str, dict[str, str]] = {}
     # A difficulty may hold fewer problems than are asked for: what ever comes again says so.
-    for index in range(min(SEEDS_A_DRAW, (1000 + 10 * size) * HELD_OUT_SHARE)):
-        entry = generated[index]
+    tried = min(SEEDS_A_DRAW, (1000 + 10 * size) * HELD_OUT_SHARE)
+    for index in range(tried):
+        if index % BLOCK == 0:
+            first_seed = SEEDS_OF_SPLIT[split] + seed * SEEDS_A_DRAW + index
+            try:
+                generated = create_dataset(name, seed=first_seed, size=BLOCK, **difficulty)
+            except (AssertionError, TypeError, ValueError) as error:
+                raise ValueError(f"--difficulty {json.dumps(difficulty)} is refused by {name}: {error}.") from error
+        entry = generated[index % BLOCK]
         question, answer = str(entry["question"]), entry["answer"]
         if held_out(question) != (split == "test") or question in problems:
             continue
@@ -196,12 +209,16 @@ def _read(
     problems: dict[str, dict[str, str]] = {}
     for number, row in enumerate(rows, start=1):
         question, answer = row[question_column], row[answer_column]
-        if not isinstance(question, str) or not question.strip() or str("" if answer is None else answer).strip() == "":
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
+            raise ValueError(
+                f"{dataset} ({split}), row {number} has the answer {str(answer)[:40]!r}: give a text or a number."
+            )
+        answer = "" if answer is None else str(answer).rsplit(FINAL_ANSWER, 1)[-1].strip()
+        if not isinstance(question, str) or not question.strip() or not answer:
             raise ValueError(
                 f"{dataset} ({split}), row {number} has no question or no answer ({question_column!r}, "
                 f"{answer_column!r}): mend or remove the row."
             )
-        answer = str(answer).rsplit(FINAL_ANSWER, 1)[-1].strip()
         problems.setdefault(_normalised(question), {"question": question, "answer": answer, "entry": ""})
     found = list(problems.values())
     if size is not None and size > len(found):

@@ -2,7 +2,6 @@
 
 import ctypes
 import hashlib
-import json
 import shlex
 import shutil
 import signal
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from .base_model import read_run
+from .problems import parse_difficulty
 from .run_record import RunRecord
 
 DEMO_RECIPES = "training/recipes/llama_style/r1_demo"
@@ -96,8 +96,7 @@ class R1Arguments:
     )
 
     def __post_init__(self):
-        if isinstance(self.eval_difficulty, str):
-            self.eval_difficulty = json.loads(self.eval_difficulty)
+        self.eval_difficulty = parse_difficulty("eval_difficulty", self.eval_difficulty)
         if unknown := set(self.skip) - set(SKIPPABLE):
             raise ValueError(f"--skip names {', '.join(sorted(unknown))}: take from {', '.join(SKIPPABLE)}.")
         if self.again is not None and self.again not in STAGES:

@@ -38,6 +38,9 @@ PRAISES_WRONG_ANSWERS = frozenset({"coin_flip", "game_of_life_halting"})
 # Not even the right answer gets a full score once the entry has been stored as JSON (tuples become lists); and one
 # that takes its scorer from other tasks, which its name does not tell.
 CANNOT_BE_STORED = frozenset({"arc_agi", "composite", "rearc"})
+# Drawn from sets of texts, whose order differs from one start of Python to the next; and by programs (codeio) whose
+# results depend on what ran before.
+NOT_REPEATABLE = frozenset({"codeio", "isomorphic_strings", "list_functions", "ransom_note", "word_ladder"})
 
 MAX_ANSWER = 4000  # characters
 # What floats and fractions are read from: not a number, endless, or of so large a power of ten that it never ends.
@@ -53,6 +56,8 @@ def check_generator(name: str) -> None:
         raise ValueError(f"reasoning_gym:{name} gives wrong answers a full score: take another task.")
     if name in CANNOT_BE_STORED:
         raise ValueError(f"reasoning_gym:{name} cannot score an entry that was stored as JSON: take another task.")
+    if name in NOT_REPEATABLE:
+        raise ValueError(f"reasoning_gym:{name} draws other problems each time, whatever the seed: take another task.")
 
 
 def generator_score(answer: str, entry: str) -> float:

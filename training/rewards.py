@@ -117,11 +117,12 @@ def _extract(reply: str) -> tuple[str | None, bool]:
 
 def _exact(given: str, answer: str, tagged: bool) -> bool:
     """By text or by number. In answer tags there may be one number, with a unit say; elsewhere the last one counts."""
+    given, answer = _plain_digits(given), _plain_digits(answer)
     if not tagged:
         return is_right(given_answer(given, answer), answer)
-    if NUMBER.fullmatch(_ascii_signs(answer).strip()) is None:
+    if NUMBER.fullmatch(answer.strip()) is None:
         return is_right(given, answer)
-    numbers = NUMBER.findall(_ascii_signs(given))
+    numbers = NUMBER.findall(given)
     if len(numbers) == 1:
         return is_right(numbers[0], answer)
     known = _rational(answer)
@@ -136,7 +137,7 @@ def _symbolic(given: str, answer: str) -> bool:
 
 def _rational(text: str) -> Fraction | None:
     """The number that is the whole of the text: 1,000; 0.5; 1e3; 5 \\times 10^2; 1/2, \\frac{1}{2} in lowest terms."""
-    text = _ascii_signs(text).strip().strip("$").strip().rstrip(".")
+    text = _plain_digits(text).strip().strip("$").strip().rstrip(".")
     if len(text) > MAX_ANSWER:
         return None
     if NUMBER.fullmatch(text):
@@ -151,7 +152,9 @@ def _rational(text: str) -> Fraction | None:
     return None
 
 
-def _ascii_signs(text: str) -> str:
+def _plain_digits(text: str) -> str:
+    """Without what LaTeX puts between groups of digits, 1{,}000 or 1\\,000, and with the minus sign of keyboards."""
+    text = re.sub(r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d{3})", "", text)
     return text.replace("\N{MINUS SIGN}", "-")
 
 
@@ -278,6 +281,8 @@ def reward_model(path: str, device: torch.device | str, batch_size: int = 16, on
         raise ValueError(f"The tokenizer of {path} has no chat template: give a reward model of conversations.")
     context = getattr(model.config, "max_position_embeddings", None) or 0
     padding = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if token is not None)
+    # By this transformers' own models find the last token, whatever the mask says.
+    model.config.get_text_config().pad_token_id = padding
 
     @torch.no_grad()
     def score(prompts: list, completions: list, **columns: Any) -> list[float | None]:
@@ -365,7 +370,7 @@ def _attempt(
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        return None, f"took longer than {seconds:g} s"
+        return None, f"took longer than {seconds:g} s for {len(completions)} completions"
     if "error" in outcome:
         return None, f"raised {type(outcome['error']).__name__} ({outcome['error']})"
     try:
