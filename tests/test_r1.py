@@ -39,7 +39,8 @@ def road(tmp_path, monkeypatch):
             pq_rows(folder / "train.parquet")
         else:
             history = [{"step": 5, "completions/mean_length": 20.5, "eval_pass@1": 0.4}]
-            text = json.dumps({"status": "finished", "history": history, "words": words})
+            run = {"status": "finished", "history": history, "words": words, "wall_time_seconds": 3.0}
+            text = json.dumps(run)
             (folder / "run.json").write_text(text)
         return SimpleNamespace(returncode=0)
 

@@ -8,7 +8,7 @@ import numpy as np
 from hub_cards.build_card import build_card
 
 from .base_model import read_run
-from .r1_road import STAGES, TITLES, Road
+from .r1_road import TITLES, Road
 from .run_record import FILE_NAME, portable, replace_file
 from .solving import difference_interval, mean_interval
 
@@ -49,15 +49,13 @@ def build_report(
     road: Road, by_model: dict, own: dict, description: dict[str, Any], overlap: dict[str, int]
 ) -> dict[str, Any]:
     arguments = road.arguments
-    made = road.record.content.get("stages", {})
     stages = {}
     for model, measured in by_model.items():
-        keys = [model if STAGES[model].shared else f"seed-{seed}/{model}" for seed in measured]
-        seconds = [made[key]["seconds"] for key in dict.fromkeys(keys) if "seconds" in made.get(key, {})]
         folder = road.folder(model, next(iter(measured)))
         stages[model] = {"title": TITLES[model], "folder": folder} | summarise_model(measured)
-        if seconds:
-            stages[model]["seconds"] = round(float(np.mean(seconds)), 1)
+        runs = [run for seed in measured if (run := read_run(road.folder(model, seed))) is not None]
+        if runs:
+            stages[model]["seconds"] = round(float(np.mean([run["wall_time_seconds"] for run in runs])), 1)
     own_tasks = {}
     for stage, found in own.items():
         before, after = (shares({seed: pair[i] for seed, pair in found["pairs"].items()}, "strict") for i in (0, 1))
