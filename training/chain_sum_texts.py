@@ -32,6 +32,10 @@ WRONG_STEPS = 0.05
 FACTS_A_DOCUMENT = 8
 # There are 200 sums of two digits and 4,000 of three, of which nine in ten are not held out.
 MOST_SHORT = {2: 150, 3: 3000}
+# Beyond --max_terms, the first length has half of this share of the others' number, and each further one half again. A
+# base that has met no sum of 11 solves one in twenty-five of them, however well it does at 10, and reinforcement
+# learning chooses only among what is sampled.
+RARE_SHARE = 0.2
 ABOUT = {
     "name": "Worked chain sums, and Wikipedia leads (English)",
     "modality": "text",
@@ -54,6 +58,9 @@ class TextArguments:
     num_articles: int = field(default=800, metadata={"help": "Articles of wikipedia_leads."})
     min_terms: int = field(default=2, metadata={"help": "Fewest terms of a sum."})
     max_terms: int = field(default=10, metadata={"help": "Most terms of a sum."})
+    rare_max_terms: int = field(
+        default=0, metadata={"help": "Most terms of the few sums that are longer; by default there are none."}
+    )
     num_test: int = field(default=500, metadata={"help": "Documents of the held-out split."})
     worked_share: float = field(default=0.43, metadata={"help": "Share of the answers that show their steps."})
     seed: int = field(default=0, metadata={"help": "Of styles, mistakes and order."})
@@ -112,11 +119,12 @@ def write_texts(arguments: TextArguments) -> dict[str, int]:
     articles = load_text_dataset("wikipedia_leads", f"train[:{arguments.num_articles}]")
     documents += iterate_texts(articles)
     # As many of each length, rather than of each problem drawn, where the short ones would soon come again.
-    lengths = range(arguments.min_terms, arguments.max_terms + 1)
+    common = arguments.num_problems / (arguments.max_terms + 1 - arguments.min_terms)
     problems = []
-    for terms in lengths:
+    for terms in range(arguments.min_terms, max(arguments.max_terms, arguments.rare_max_terms) + 1):
         difficulty = {"min_terms": terms, "max_terms": terms, "min_digits": 1, "max_digits": 1}
-        size = math.ceil(arguments.num_problems / len(lengths))
+        beyond = terms - arguments.max_terms
+        size = math.ceil(common if beyond <= 0 else common * RARE_SHARE / 2**beyond)
         size = min(size, MOST_SHORT.get(terms, size))
         problems += load_problems("reasoning_gym:chain_sum", "train", size, difficulty=difficulty, seed=900)[0]
     for problem in problems:
