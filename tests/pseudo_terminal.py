@@ -56,6 +56,16 @@ class Terminal:
         time.sleep(0.5)  # what is typed in the instant in which a prompt sets up the terminal is thrown away
         os.write(self.ours, keys.encode())
 
+    def press(self, key, awaited):
+        """Types a key, again where nothing came of it: a busy machine takes longer to set up the terminal."""
+        for _ in range(4):
+            self.type(key)
+            try:
+                return self.until(awaited, seconds=15)
+            except AssertionError:
+                continue
+        return self.until(awaited)
+
     def ended(self):
         """The exit status, and what was shown last."""
         rest = self.until(None)

@@ -272,8 +272,7 @@ def test_a_conversation_in_a_terminal(folder):
         assert ANSWERS[QUESTIONS[2]] + "\n" in terminal.until("\n> ")
         terminal.type("water " * 400 + "\n")
         assert "room for" in terminal.until("\n> ")
-        terminal.type("\x03")
-        terminal.until("\n> ")
+        terminal.press("\x03", "\n> ")
         terminal.type("\x03")
         code, rest = terminal.ended()
     assert code == 0
