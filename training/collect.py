@@ -8,7 +8,7 @@ The rule: the model answers each problem `--samples` times. Accepted is what is 
 wander least. DeepSeek-R1 (arXiv 2501.12948, section 2.3.3) made the reasoning part of its supervised data so.
 
 Writes a folder that `--dataset` of `training.sft` takes: train.parquet and test.parquet with the columns `messages`
-(the question and the answer, as a chat, whatever the prompt was that the answer was written to) and `source` (problems
+(the prompt and the answer, as a chat, whether or not the answer was written in one) and `source` (problems
 or general), and info.json: licences, how many were accepted, and how. Test rows are of problems that no training row is
 of.
 
@@ -270,7 +270,11 @@ def split_rows(
     """Rows of `train` and, where any are held out, of `test`: a problem's answers all go the same way."""
     random = np.random.default_rng(arguments.seed)
     groups = [
-        [{"messages": _exchange(problem["question"], text), "source": "problems"} for text in kept]
+        [
+            {"messages": _exchange(arguments.prompt_template.replace("{question}", problem["question"]), text)}
+            | {"source": "problems"}
+            for text in kept
+        ]
         for problem, kept in zip(problems, accepted, strict=True)
         if kept
     ]

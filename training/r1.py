@@ -123,7 +123,9 @@ def questions_of(road: Road, seed: int) -> dict[str, set[str]]:
             found[name] = {text.split("\nAnswer:")[0].removeprefix("Question: ") for text in documents}
         elif name.endswith("_samples") and finished(folder):
             rows = pq.read_table(folder / "train.parquet").to_pylist()
-            found[name] = {message["content"] for row in rows for message in row["messages"]}
+            before, after = load_recipe(road, name).get("prompt_template", "{question}").split("{question}")
+            asked = (message["content"] for row in rows for message in row["messages"])
+            found[name] = {text.removeprefix(before).removesuffix(after) for text in asked}
         elif name in ("zero", "final"):
             recipe = load_recipe(road, name)
             rows, _ = load_problems(
