@@ -37,7 +37,7 @@ from .chat_data import describe_rows, load_conversations
 from .command_line import parse_arguments, plain_errors
 from .exact_match import generate_replies, prompt_ids
 from .language_models import stored_fingerprint
-from .problems import ProblemArguments, load_problems, prompt_of
+from .problems import ProblemArguments, prompt_of
 from .rewards import is_strict
 from .run_record import portable, replace_file
 
@@ -78,16 +78,7 @@ class CollectArguments(ProblemArguments):
 
 def run(arguments: CollectArguments) -> dict[str, Any]:
     """Writes the folder, or finds it finished; returns the content of its info.json."""
-    problems, problem_data = load_problems(
-        arguments.dataset,
-        arguments.dataset_split,
-        arguments.num_problems,
-        config=arguments.dataset_config,
-        difficulty=arguments.difficulty,
-        seed=arguments.problem_seed,
-        question_column=arguments.question_column,
-        answer_column=arguments.answer_column,
-    )
+    problems, problem_data = arguments.load()
     data = {"problems": problem_data, "model": describe_model(arguments.model)}
     general = []
     if arguments.general_dataset:

@@ -355,18 +355,9 @@ def _flat_metrics(summary: dict[str, Any]) -> dict[str, float]:
 
 def load_rows(arguments: GrpoArguments, evaluates: bool) -> tuple[list[dict], list[dict], dict[str, Any], dict]:
     """Rows to train on and to evaluate on, the description of both for `run.json`, and counts of the first."""
-    columns = {"question_column": arguments.question_column, "answer_column": arguments.answer_column}
     train, held_out, data, counts = [], [], {}, {}
     if arguments.dataset:
-        train, data["train"] = load_problems(
-            arguments.dataset,
-            arguments.dataset_split,
-            arguments.num_problems,
-            config=arguments.dataset_config,
-            difficulty=arguments.difficulty,
-            seed=arguments.problem_seed,
-            **columns,
-        )
+        train, data["train"] = arguments.load()
         if evaluates:
             held_out, data["eval"] = load_problems(
                 arguments.eval_dataset or arguments.dataset,
@@ -375,7 +366,8 @@ def load_rows(arguments: GrpoArguments, evaluates: bool) -> tuple[list[dict], li
                 config=arguments.dataset_config if arguments.eval_dataset is None else None,
                 difficulty=arguments.eval_difficulty
                 or (arguments.difficulty if arguments.eval_dataset is None else None),
-                **columns,
+                question_column=arguments.question_column,
+                answer_column=arguments.answer_column,
             )
             apart = without(train, held_out)
             counts["left_out"] = len(train) - len(apart)

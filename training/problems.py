@@ -70,6 +70,19 @@ class ProblemArguments:
                 f"--prompt_template is {self.prompt_template!r}: put {{question}} where the question goes."
             )
 
+    def load(self) -> tuple[list[dict[str, str]], dict[str, Any]]:
+        """The problems that were asked for, and their description."""
+        return load_problems(
+            self.dataset,
+            self.dataset_split,
+            self.num_problems,
+            config=self.dataset_config,
+            difficulty=self.difficulty,
+            seed=self.problem_seed,
+            question_column=self.question_column,
+            answer_column=self.answer_column,
+        )
+
 
 def parse_difficulty(option: str, value: Any) -> dict[str, Any] | None:
     """The fields that `--difficulty` or another `option` like it gives, as JSON or as a mapping of a recipe."""
