@@ -312,7 +312,8 @@ def test_a_reward_model_scores_conversations_whatever_the_batch(scorer):
             expected.append(model(input_ids=torch.tensor([ids])).logits.item())
     columns = {"prompts": prompts, "completions": chats, "answer": ["", None, "", "12"], "entry": ["", "", "", SUM]}
     for batch_size in (1, 3):
-        every = reward_model(str(folder), "cpu", batch_size=batch_size, on_all_rows=True)(**columns)
+        unanswered = {"prompts": prompts, "completions": chats}
+        every = reward_model(str(folder), "cpu", batch_size=batch_size)(**unanswered)
         assert every == pytest.approx(expected, abs=1e-5)
     score = reward_model(str(folder), "cpu")
     assert score(**columns) == [*(pytest.approx(value, abs=1e-5) for value in expected[:3]), None]

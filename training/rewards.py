@@ -263,11 +263,11 @@ def _text(completion: str | list[dict[str, str]]) -> str:
 # ---- a model's opinion -----------------------------------------------------------------------------------------------
 
 
-def reward_model(path: str, device: torch.device | str, batch_size: int = 16, on_all_rows: bool = False) -> Reward:
+def reward_model(path: str, device: torch.device | str, batch_size: int = 16) -> Reward:
     """A reward function: the score that the model at `path`, of `training.reward`, gives prompt and completion.
 
-    It scores the rows that have no known answer, or all; a text is read as a question and its answer. Of a conversation
-    that is longer than the model's context, the end counts.
+    It scores the rows that have no known answer; a text is read as a question and its answer. Of a conversation that is
+    longer than the model's context, the end counts.
 
     Raises ValueError for what is no reward model, and for one without a chat template.
     """
@@ -287,7 +287,7 @@ def reward_model(path: str, device: torch.device | str, batch_size: int = 16, on
     @torch.no_grad()
     def score(prompts: list, completions: list, **columns: Any) -> list[float | None]:
         rows = _rows(completions, columns)
-        asked = [i for i, row in enumerate(rows) if on_all_rows or row is None]
+        asked = [i for i, row in enumerate(rows) if row is None]
         conversations = [_conversation(prompts[i], completions[i]) for i in asked]
         ids = [tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"] for messages in conversations]
         ids = [tokens[-context:] for tokens in ids]
