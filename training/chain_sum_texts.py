@@ -25,8 +25,11 @@ from .text_data import iterate_texts, load_text_dataset
 
 PROMPT = "Question: {question}\nAnswer:"
 # Weights of the ways to answer, those that show their steps ("tagged" and "cut" between tags) and those that do not.
-WORKED = {"worked": 20, "tagged": 15, "cut": 8}
-DIRECT = {"number": 22, "sentence": 18, "answer_tag": 10, "refusal": 7}
+# The steps begin in several ways, so that "The answer is" is the likeliest beginning of all: left to itself the base
+# answers at once, which it is bad at, and has to find out that working pays.
+WORKED = {"worked": 17, "step_by_step": 14, "work_it_out": 14, "tagged": 15, "cut": 7}
+OPENINGS = {"worked": "", "step_by_step": " Step by step:", "work_it_out": " Let me work it out:"}
+DIRECT = {"sentence": 26, "number": 3, "answer_tag": 2, "refusal": 2}
 WRONG_ANSWERS = 0.2  # of those that are given directly
 WRONG_STEPS = 0.05
 FACTS_A_DOCUMENT = 8
@@ -98,8 +101,8 @@ def answer_in(style: str, expression: str, answer: str, rng: random.Random) -> s
             return f" The answer is {direct}."
         case "answer_tag":
             return f"<answer>{direct}</answer>"
-        case "worked":
-            return " " + " ".join(steps)
+        case "worked" | "step_by_step" | "work_it_out":
+            return f"{OPENINGS[style]} {' '.join(steps)}"
         case "tagged":
             return f"<think>{' '.join(steps)}</think><answer>{worked}</answer>"
         case "cut":

@@ -228,9 +228,12 @@ def made_from(stage: str) -> list[str]:
 
 
 def _die_with_parent() -> None:
-    """A stage must not go on writing after `kill -9` of the road, which would be run again beside it."""
+    """A stage must not go on writing after `kill -9` of the road, which would be run again beside it.
+
+    SIGTERM, not SIGKILL: on that a launcher ends its workers, which the signal does not reach.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def finished(folder: Path) -> bool:
