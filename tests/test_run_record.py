@@ -1,6 +1,9 @@
 """run.json says what was asked and what came of it, and guards its folder."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +47,27 @@ def test_another_number_of_processes_is_another_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="processes was 1 and is now 2"):
         start(tmp_path / "run")
+
+
+def test_a_folder_takes_one_process_at_a_time_and_is_free_when_that_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.run_record.SECONDS_FOR_THE_FOLDER", 0)
+    start(tmp_path / "run")
+    monkeypatch.setattr("training.run_record._held", {})  # as if this were another process
+    with pytest.raises(ValueError, match=r"Another process is at work in .*run"):
+        start(tmp_path / "run")
+
+    writing = "import sys, time; from training.run_record import *; r = RunRecord.start(sys.argv[1], 'a', {}, {})"
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"{writing}; r.save(); print(flush=True); time.sleep(60)", str(tmp_path / "other")],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+    )
+    assert other.stdout.readline() == b"\n"
+    with pytest.raises(ValueError, match=r"Another process is at work in .*other"):
+        RunRecord.start(tmp_path / "other", "a", {}, {})
+    other.kill()
+    other.wait()
+    assert RunRecord.start(tmp_path / "other", "a", {}, {}).content["status"] == "running"
 
 
 def test_other_files_in_the_folder_are_refused(tmp_path):

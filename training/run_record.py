@@ -1,8 +1,8 @@
 """`run.json`: what a run was asked to do, on what, with what, and what came of it.
 
-The card is built from this file and nothing else, and a run is resumed only by the command that began it: the file is
-also the lock on the folder. It is replaced as a whole at every write, so a killed run leaves the last good one.
-Paths in it are relative to the working folder.
+The card is built from this file and nothing else, and a run is resumed only by the command that began it. The file is
+replaced as a whole at every write, so a killed run leaves the last good one. Paths in it are relative to the working
+folder. While a process works in a folder, another one is refused.
 """
 
 import importlib.metadata
@@ -20,6 +20,11 @@ from typing import Any
 
 import psutil
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
 
 FILE_NAME = "run.json"
 # What is not installed (text needs no timm) is left out.
@@ -60,6 +65,12 @@ PATH_FIELDS = {
 }
 
 
+# A process that was killed may have workers that end only seconds after it.
+SECONDS_FOR_THE_FOLDER = 15
+# Folders that this process works in, and the descriptors that hold them, until the run is finished.
+_held: dict[Path, int] = {}
+
+
 class RunRecord:
     """The `run.json` of one run folder, as a dictionary in `content`."""
 
@@ -81,12 +92,15 @@ class RunRecord:
             data: a description of each data set read, with its `fingerprint`.
             writes: False in every process of a distributed run but the main one.
 
-        Raises ValueError, before anything is written, where the folder holds another run or other files.
+        Raises ValueError, before anything is written, where the folder holds another run or other files, or where
+        another process is at work in it.
         """
         output_dir = Path(output_dir)
         # As many processes make another batch of the same arguments.
         arguments = arguments | {"processes": int(os.environ.get("WORLD_SIZE", "1"))}
         asked = {"task": task, "arguments": portable(arguments), "data": portable(data)}
+        if writes and output_dir.is_dir():
+            hold(output_dir)
         previous = _read(output_dir)
         if previous is not None:
             _check_same_run(output_dir, previous, asked)
@@ -118,10 +132,40 @@ class RunRecord:
         if not self.writes:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        hold(self.path.parent)
         replace_file(self.path, json.dumps(self.content, indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, metrics: dict[str, Any], **sections: Any) -> None:
         self.save(metrics=metrics, status="finished", **sections)
+        if (held := _held.pop(self.path.parent.resolve(), None)) is not None:
+            os.close(held)
+
+
+def hold(folder: Path) -> None:
+    """Keeps other processes out of a run folder until this one finishes the run, or ends in whatever way.
+
+    Raises ValueError where another one is in it.
+    """
+    folder = folder.resolve()
+    if folder in _held or fcntl is None:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    end = time.monotonic() + SECONDS_FOR_THE_FOLDER
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                os.close(descriptor)
+                raise ValueError(
+                    f"Another process is at work in {portable(folder, 'folder')}: wait until it ends, or stop it."
+                ) from None
+            time.sleep(0.2)
+        except OSError:
+            return os.close(descriptor)  # a file system without locks
+        else:
+            _held[folder] = descriptor
+            return
 
 
 def replace_file(file: Path, text: str) -> None:
