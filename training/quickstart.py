@@ -3,6 +3,7 @@
     python -m training.quickstart             # all of it, or one part:
     python -m training.quickstart language    # text -> tokenizer -> language model
     python -m training.quickstart chat        # language model -> adapter that answers -> merged model -> a conversation
+    python -m training.quickstart reasoning   # sums -> base -> GRPO with rewards for right answers
     python -m training.quickstart vision      # images -> pretrained encoder -> classifier, beside one from scratch
 
 Each stage is the command that a user would type, with a recipe; its folder is the next one's input. A second call finds
