@@ -207,7 +207,8 @@ def main() -> None:
         check_apart(road, problems)  # what can be told before hours of training
         if arguments.again is not None:
             road.remove_from(arguments.again)
-        record.content["status"] = "running"
+        if record.finished:  # with more seeds, say, there is more to do
+            record.begin_session()
         record.save()
         for name in road.stages:
             if STAGES[name].shared:

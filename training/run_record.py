@@ -108,21 +108,24 @@ class RunRecord:
         else:
             content = asked | {"metrics": {}, "history": [], "samples": [], "sessions": []}
         record = cls(output_dir, content, writes)
-        if record.finished:
-            return record
-        content |= {
-            "status": "running",
-            "command": _command(),
-            "git_revision": git_revision(),
-            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES if find_spec(name)},
-            "hardware": hardware(on_cpu=bool(arguments.get("use_cpu"))),
-        }
-        content["sessions"].append({"started": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": 0.0})
+        if not record.finished:
+            record.begin_session(on_cpu=bool(arguments.get("use_cpu")))
         return record
 
     @property
     def finished(self) -> bool:
         return self.content.get("status") == "finished"
+
+    def begin_session(self, on_cpu: bool = False) -> None:
+        """Takes down what works on the run from now on: the command, the code, the machine, the time."""
+        self.content |= {
+            "status": "running",
+            "command": _command(),
+            "git_revision": git_revision(),
+            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES if find_spec(name)},
+            "hardware": hardware(on_cpu),
+        }
+        self.content["sessions"].append({"started": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": 0.0})
 
     def save(self, **sections: Any) -> None:
         """Writes the file, with `sections` put in place of those of the same name."""
