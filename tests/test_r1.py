@@ -105,7 +105,8 @@ def test_stages_run_once_in_their_order_and_read_each_other(road):
     assert report["seeds"] == [0, 1]
     assert report["stages"]["final"]["seeds"] == [0, 1]
     run = json.loads((road.folder / "run.json").read_text())
-    assert run["command"].endswith("--seeds 0 1") and len(run["sessions"]) == 3
+    assert run["command"].endswith("--seeds 0 1")
+    assert len(run["sessions"]) == 3
 
 
 def test_report_counts(road, capsys):
