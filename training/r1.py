@@ -30,6 +30,7 @@ import torch
 
 from .command_line import parse_arguments, plain_errors
 from .exact_match import prompt_ids
+from .grpo import GrpoArguments
 from .language_models import load_language_model, load_tokenizer
 from .problems import load_problems, prompt_of, without
 from .r1_report import build_report, shares, write_report
@@ -82,13 +83,16 @@ def evaluate(road: Road, model: str, seed: int, file: Path, problems: list[dict]
     return measured
 
 
-def own_problems(road: Road, stage: str) -> tuple[list[dict], dict[str, Any]]:
-    """Held-out problems of the kind that a stage of reinforcement learning trains on, and their description."""
+def own_problems(road: Road, stage: str, size: int | None = None) -> tuple[list[dict], dict[str, Any]]:
+    """Held-out problems of the kind that a stage of reinforcement learning trains on, and their description.
+
+    `size` is how many; by default as many as the report has.
+    """
     recipe = load_recipe(road, stage)
     return load_problems(
         recipe.get("eval_dataset", recipe["dataset"]),
         recipe.get("eval_dataset_split", "test"),
-        road.arguments.num_eval_problems,
+        size or road.arguments.num_eval_problems,
         difficulty=recipe.get("eval_difficulty", recipe.get("difficulty")),
         config=None if "eval_dataset" in recipe else recipe.get("dataset_config"),
         **_columns(recipe),
@@ -137,18 +141,19 @@ def questions_of(road: Road, seed: int) -> dict[str, set[str]]:
                 config=recipe.get("dataset_config"),
                 **_columns(recipe),
             )
-            # A data set's problems that are held out elsewhere are left out by `training.grpo` as well.
-            found[name] = {row["question"] for row in without(rows, own_problems(road, name)[0])}
+            # A data set's problems that the stage itself evaluates on, and no others, are left out by `training.grpo`.
+            own, _ = own_problems(road, name, recipe.get("num_eval_problems", GrpoArguments.num_eval_problems))
+            found[name] = {row["question"] for row in without(rows, own)}
     return found
 
 
 def check_apart(road: Road, problems: list[dict]) -> dict[str, int]:
     """How many questions of each stage's data are among the held-out ones: none, or ValueError."""
-    held_out = {problem["question"] for problem in problems}
     overlap = {}
     for seed in road.arguments.seeds:
         for name, questions in questions_of(road, seed).items():
-            overlap[name] = overlap.get(name, 0) + len(questions & held_out)
+            apart = without(problems, [{"question": question} for question in questions])
+            overlap[name] = overlap.get(name, 0) + len(problems) - len(apart)
     if shared := [name for name, count in overlap.items() if count]:
         raise ValueError(
             f"Some held-out problems are in the data of {', '.join(shared)}: name another --eval_dataset or split."

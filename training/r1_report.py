@@ -92,7 +92,7 @@ def _targets(by_model: dict, own_tasks: dict) -> dict[str, Any]:
     targets = {
         "doubled": {
             "text": "Strict pass@1 at T=1 at least doubles from base to final.",
-            "met": bool(final >= 2 * base),
+            "met": bool(final > base and final >= 2 * base),
             "factor": float(final / base) if base else None,
         },
         "lenient": {

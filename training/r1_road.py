@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,9 +168,11 @@ class Road:
         if STAGES[first].shared:
             seeds |= {int(folder.name.removeprefix("seed-")) for folder in self.out.glob("seed-*")}
         for seed in seeds:
-            for name in (first, *made_from(first)):
+            for name in (first, *made_from(first, self.given)):
                 if name not in self.given:
-                    shutil.rmtree(self._own_folder(name, seed), ignore_errors=True)
+                    folder = self._own_folder(name, seed)
+                    for made in (folder, folder.with_name(folder.name + ".partial")):  # the latter is `collect`'s
+                        shutil.rmtree(made, ignore_errors=True)
                     self._remove_evaluations(name, seed)
 
     def _remove_evaluations(self, name: str, seed: int) -> None:
@@ -182,7 +185,7 @@ class Road:
 
     def _check_gone(self, name: str, seed: int) -> None:
         """Of a stage that is about to be made: ValueError where something that was made from it is there already."""
-        made = [folder for later in made_from(name) if (folder := self._own_folder(later, seed)).exists()]
+        made = [folder for later in made_from(name, self.given) if (folder := self._own_folder(later, seed)).exists()]
         if made:
             raise ValueError(
                 f"{self._own_folder(name, seed)} is to be made, and {', '.join(map(str, made))} would not be of it: "
@@ -218,11 +221,11 @@ class Road:
         print(f"== {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def made_from(stage: str) -> list[str]:
-    """All that a stage's result goes into, directly or not."""
+def made_from(stage: str, given: Container[str] = ()) -> list[str]:
+    """All that a stage's result goes into, directly or not; what is `given` is made from nothing here."""
     found = {stage}
     for name, one in STAGES.items():  # each stands after what it is made from
-        if found & set(one.inputs.values()):
+        if name not in given and found & set(one.inputs.values()):
             found.add(name)
     return [name for name in STAGES if name in found - {stage}]
 
@@ -230,7 +233,8 @@ def made_from(stage: str) -> list[str]:
 def _die_with_parent() -> None:
     """A stage must not go on writing after `kill -9` of the road, which would be run again beside it.
 
-    SIGTERM, not SIGKILL: on that a launcher ends its workers, which the signal does not reach.
+    SIGTERM, not SIGKILL: on that torchrun ends its workers, which the signal does not reach. (`accelerate launch` with
+    one process does not: its worker lives on, and the run folder that it holds refuses another.)
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

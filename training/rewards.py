@@ -41,6 +41,12 @@ SCIENTIFIC = re.compile(
     r"([-+]?\d+(?:\.\d+)?)(?:e|\s*(?:\\times|\\cdot|[*×·])\s*10\s*(?:\^|\*\*)\s*)\{?([-+]?\d{1,3})\}?",
     flags=re.IGNORECASE,
 )
+# Around the one number of an answer: what only sets it, and what makes another number of it.
+WRAPPING = re.compile(r"\\boxed\{|\\text\{[^{}]*\}|\\[$(\[]")
+OPERATES_BEFORE = re.compile(r"[-+*/^<>√≠≤≥\\]|\b(?:not|minus|negative)\b", flags=re.IGNORECASE)
+OPERATES_AFTER = re.compile(
+    r"[-+*/^!²³<>]|\\(?:pi|sqrt|times|cdot|infty)|(?:hundred|thousand|[mb]illion|trillion)\b", flags=re.IGNORECASE
+)
 # Lengths from which a reply is punished, as a share of the longest: 4,096 of 20,480 tokens (arXiv 2503.14476).
 PUNISHED_SHARE = 0.2
 
@@ -122,9 +128,12 @@ def _exact(given: str, answer: str, tagged: bool) -> bool:
         return is_right(given_answer(given, answer), answer)
     if NUMBER.fullmatch(answer.strip()) is None:
         return is_right(given, answer)
-    numbers = NUMBER.findall(given)
+    numbers = list(NUMBER.finditer(given))
     if len(numbers) == 1:
-        return is_right(numbers[0], answer)
+        before, after = WRAPPING.sub("", given[: numbers[0].start()]), given[numbers[0].end() :].lstrip(" }")
+        # Whatever is done to the number makes another one of it.
+        if not OPERATES_BEFORE.search(before) and not OPERATES_AFTER.match(after):
+            return is_right(numbers[0][0], answer)
     known = _rational(answer)
     return known is not None and _rational(given) == known
 
