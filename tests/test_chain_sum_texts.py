@@ -73,3 +73,12 @@ def test_again_and_other_arguments(texts, monkeypatch, capsys):
     assert "holds other texts: choose another --output_dir" in capsys.readouterr().err
     with pytest.raises(ValueError, match="--min_terms 5 is more than --max_terms 4"):
         TextArguments(min_terms=5, max_terms=4)
+
+
+def test_files_of_others_are_left_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.jsonl").write_text("mine")
+    monkeypatch.setattr("sys.argv", ["chain_sum_texts", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "holds other files (train.jsonl)" in capsys.readouterr().err
+    assert (tmp_path / "train.jsonl").read_text() == "mine"

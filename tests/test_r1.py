@@ -208,3 +208,15 @@ def test_mistakes_are_told_in_one_line(road, capsys, words, message):
     with pytest.raises(SystemExit):
         road.start(*words)
     assert message in capsys.readouterr().err
+
+
+def test_what_learnt_nothing_meets_no_target(road):
+    road.solved.update(dict.fromkeys(road.solved, 0))
+    road.start("--min_base_solved", "0")
+    targets = json.loads((road.folder / "report.json").read_text())["targets"]
+    assert not any(target["met"] for target in targets.values())
+
+
+def test_what_is_given_is_not_made_again():
+    assert "zero" in r1_road.made_from("texts")
+    assert "zero" not in r1_road.made_from("texts", {"base": "B"})

@@ -105,6 +105,11 @@ def test_tags_in_the_question_are_not_the_models():
         ("1000 apples", "1000", True),
         ("1e3", "1000", True),
         ("1e3", "3", False),
+        *(
+            (other, "7", False)
+            for other in ("-(7)", "- 7", r"\sqrt{7}", "7!", "7²", "x^7", r"\neq 7", "7 million", r"7\pi")
+        ),
+        *((same, "7", True) for same in ("x = 7", r"\boxed{7}", "7 km/h", r"\$7", r"\(7\)", r"\text{sum: }7", "(7)")),
         (r"1 \times 10^{3}", "1000", True),
         ("1e999999999", "1000", False),
         ("١٢", "12", True),

@@ -33,6 +33,7 @@ DIRECT = {"sentence": 26, "number": 3, "answer_tag": 2, "refusal": 2}
 WRONG_ANSWERS = 0.2  # of those that are given directly
 WRONG_STEPS = 0.05
 FACTS_A_DOCUMENT = 8
+BEGUN = "unfinished"  # a file in a folder that is being written, or was when the command was killed
 # There are 200 sums of two digits and 4,000 of three, of which nine in ten are not held out.
 MOST_SHORT = {2: 150, 3: 3000}
 # Beyond --max_terms, the first length has half of this share of the others' number, and each further one half again. A
@@ -140,6 +141,7 @@ def write_texts(arguments: TextArguments) -> dict[str, int]:
     rng.shuffle(documents)
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / BEGUN).touch()
     splits = {"test": documents[: arguments.num_test], "train": documents[arguments.num_test :]}
     for split, texts in splits.items():
         lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
@@ -148,6 +150,7 @@ def write_texts(arguments: TextArguments) -> dict[str, int]:
     # Written last: it says that the folder is whole.
     info = ABOUT | {"counts": counts, "arguments": asked(arguments)}
     replace_file(folder / "info.json", json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+    (folder / BEGUN).unlink()
     return counts
 
 
@@ -164,6 +167,9 @@ def main() -> None:
                 raise ValueError(f"{info.parent} holds other texts: choose another --output_dir, or delete this one.")
             print(f"{info.parent} holds these texts.")
             return
+        others = [path.name for path in info.parent.iterdir()] if info.parent.is_dir() else []
+        if others and not (info.parent / BEGUN).is_file():
+            raise ValueError(f"{info.parent} holds other files ({others[0]}): choose another --output_dir.")
         counts = write_texts(arguments)
         print(f"{arguments.output_dir}: " + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()))
 
