@@ -101,14 +101,21 @@ class RunRecord:
         asked = {"task": task, "arguments": portable(arguments), "data": portable(data)}
         if writes and output_dir.is_dir():
             hold(output_dir)
-        previous = _read(output_dir)
+        try:
+            previous = _read(output_dir)
+            if previous is not None:
+                _check_same_run(output_dir, previous, asked)
+        except ValueError:
+            let_go(output_dir)
+            raise
         if previous is not None:
-            _check_same_run(output_dir, previous, asked)
             content = previous | asked
         else:
             content = asked | {"metrics": {}, "history": [], "samples": [], "sessions": []}
         record = cls(output_dir, content, writes)
-        if not record.finished:
+        if record.finished:
+            let_go(output_dir)
+        else:
             record.begin_session(on_cpu=bool(arguments.get("use_cpu")))
         return record
 
@@ -140,8 +147,12 @@ class RunRecord:
 
     def finish(self, metrics: dict[str, Any], **sections: Any) -> None:
         self.save(metrics=metrics, status="finished", **sections)
-        if (held := _held.pop(self.path.parent.resolve(), None)) is not None:
-            os.close(held)
+        let_go(self.path.parent)
+
+
+def let_go(folder: Path) -> None:
+    if (held := _held.pop(folder.resolve(), None)) is not None:
+        os.close(held)
 
 
 def hold(folder: Path) -> None:
