@@ -157,6 +157,9 @@ NOT_HYPERPARAMETERS = {
     "eval_strategy",
     "dataloader_num_workers",
     "from_scratch",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
     "image_column",
     "label_column",
     "label_smoothing_factor",
@@ -180,6 +183,7 @@ NOT_HYPERPARAMETERS = {
     "prompt_dataset",
     "prompt_dataset_split",
     "prompt_template",
+    "push_to_hub",
     "question_column",
     "report_to",
     "reward_model",
@@ -203,7 +207,7 @@ NOT_HYPERPARAMETERS = {
 }
 
 
-def build_card(folder: str | Path) -> Path:
+def build_card(folder: str | Path, hub_id: str | None = None) -> Path:
     """Writes `folder/README.md` and its pictures in `folder/card_assets/`; returns the card's path.
 
     Raises ValueError where `run.json` is missing or no JSON, where its task has no template, and where it lacks what
@@ -213,11 +217,11 @@ def build_card(folder: str | Path) -> Path:
     run = _read_run(folder)
     template = _template(run["task"])
     # A card is read in many places: where the run has no home on the Hub, the code opens the folder beside the reader.
-    name = run["hub_id"].split("/")[-1] if "hub_id" in run else folder.resolve().name
+    name = hub_id.split("/")[-1] if hub_id else folder.resolve().name
     tuning = describe_tuning(run)
     # An adapter names its base by a path from the folder in which it was trained: so then does the code its folder.
     from_there = tuning["adapter_only"] and not tuning["base_on_hub"] and "output_dir" in run["arguments"]
-    repo = run.get("hub_id", run["arguments"]["output_dir"] if from_there else f"./{name}")
+    repo = hub_id or (run["arguments"]["output_dir"] if from_there else f"./{name}")
     try:
         # Of the whole road: in its own folder's run, or in that of a model to which it led.
         road = run["report" if run["task"] == "r1" else "road"]

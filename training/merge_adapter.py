@@ -27,6 +27,7 @@ from .base_model import read_run
 from .command_line import parse_arguments, plain_errors
 from .language_models import DTYPES, load_config
 from .quantization import QuantizationArguments, quantization_config
+from .recorded_outputs import recorded_outputs
 from .run_record import FILE_NAME, portable
 
 # Of the token sequences on which merged and unmerged models are compared.
@@ -84,6 +85,7 @@ def merge(arguments: MergeArguments) -> Path:
     shutil.rmtree(staged, ignore_errors=True)
     merged.to(dtype).save_pretrained(staged)
     tokenizer.save_pretrained(staged)
+    run["outputs"] = recorded_outputs(staged)
     (staged / FILE_NAME).write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(staged, output_dir)
     return output_dir

@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
+from hub_cards.publish import publish
+
 from .run_record import RunRecord
 
 STAGING = "checkpoint_partial"
@@ -100,6 +102,27 @@ class RunFolderMixin:
         if self.args.should_save:
             # Its content is in run.json, and a folder that others download holds no pickle.
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    # ---- the Hub: a run is published when it is finished, by `run_setup.finish_run` ----
+
+    def init_hf_repo(self, token=None, private=None):
+        self.hub_model_id = self.args.hub_model_id
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        pass
+
+    def push_to_hub(self, commit_message=None, blocking=True, token=None, revision=None, **kwargs):
+        """Publishes the finished run folder, as `hub_cards.publish` does, in `args.hub_model_id`."""
+        if not self.is_world_process_zero():
+            return None
+        return publish(
+            self.args.output_dir,
+            self.args.hub_model_id,
+            private=self.args.hub_private_repo,
+            branch=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            token=token,
+        )
 
     # ---- finite or stopped ----
 

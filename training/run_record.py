@@ -42,6 +42,10 @@ FREE_FIELDS = {
     "compare_with",
     "sample_prompts",
     "per_device_eval_batch_size",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
 }
 # The entries of a record that are paths, unless they name something else (a sample, a Hub id).
 PATH_FIELDS = {

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,13 +11,17 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import get_token
 from torch import nn
 from transformers import TrainingArguments, get_scheduler
 
 from hub_cards.build_card import build_card
+from hub_cards.hub_upload import UploadError
+from hub_cards.publish import PublishError, publish
 
 from .command_line import plain_errors
 from .matmul_peak import choose_precision, matmul_peak
+from .recorded_outputs import recorded_outputs
 from .run_folder_trainer import (
     NonFiniteError,
     check_disk_space,
@@ -108,6 +113,14 @@ def check_training(training: RunFolderArguments, module: str) -> None:
         raise ValueError("--bf16 and --fp16 are chosen by --precision here: give --precision bf16.")
     if training.save_strategy == "best" or training.save_only_model:
         raise ValueError("--save_strategy best and --save_only_model make checkpoints that cannot be resumed from.")
+    if training.hub_token:
+        raise ValueError(
+            "--hub_token would be recorded with the run: leave it off, and `hf auth login` or set HF_TOKEN."
+        )
+    if training.push_to_hub and not training.hub_model_id:
+        raise ValueError("--push_to_hub needs --hub_model_id user/name: the repo to publish the finished run in.")
+    if training.push_to_hub and not get_token():
+        raise ValueError("--push_to_hub: you are not logged in to the Hub; `hf auth login`, or set HF_TOKEN.")
     _check_schedule(training)
 
 
@@ -146,6 +159,7 @@ def open_run(
         if is_main_process:
             print(f"{training.output_dir} holds this run, finished: only its card is written anew.")
             build_card(training.output_dir)
+            publish_if_asked(training)
         return None
     with training.main_process_first(local=False, desc="opening the run folder"):
         checkpoint = (prepare_to_resume if is_main_process else last_good_checkpoint)(training.output_dir)
@@ -238,15 +252,36 @@ def save_whole_model(trainer) -> None:
     """Writes the model into the run folder, whole even where the checkpoints are sharded."""
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # which --push_to_hub does not publish yet
 
 
 def finish_run(trainer, metrics: dict[str, float], **sections: Any) -> None:
-    """Writes what came of the run into its record, and its card."""
+    """Writes what came of the run into its record, and its card; publishes it where that was asked for."""
+    is_main_process = trainer.is_world_process_zero()
+    if is_main_process:
+        sections["outputs"] = recorded_outputs(trainer.args.output_dir)
     trainer.record.finish(metrics, history=trainer.state.log_history, **sections)
-    if trainer.is_world_process_zero():
+    if is_main_process:
         build_card(trainer.args.output_dir)
         print(f"{trainer.args.output_dir}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        publish_if_asked(trainer.args)
+
+
+def publish_if_asked(training: RunFolderArguments) -> None:
+    """`--push_to_hub`, of a finished run; a failure is told with the command that tries again, and ends with 2."""
+    if not training.push_to_hub:
+        return
+    try:
+        publish(
+            training.output_dir, training.hub_model_id, private=training.hub_private_repo, branch=training.hub_revision
+        )
+    except (PublishError, UploadError) as error:
+        print(
+            f"error: {error}\nThe run is finished. To try again: python -m hub_cards.publish {training.output_dir} "
+            f"--repo_id {training.hub_model_id}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 def train_from_command_line(prepare: Callable, finish: Callable, *errors: type[Exception]) -> None:

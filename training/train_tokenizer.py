@@ -15,6 +15,7 @@ from hf_models.bpe_tokenizer import train_bpe
 from hub_cards.build_card import build_card
 
 from .command_line import parse_arguments, plain_errors
+from .recorded_outputs import recorded_outputs
 from .run_record import RunRecord
 from .text_data import TextDataArguments, describe_texts, iterate_texts, load_text_dataset
 from .tokenizer_report import format_table, measure, train_peers
@@ -92,6 +93,7 @@ def main() -> None:
             "vocab_size": len(tokenizer),
             "special_tokens": tokenizer.special_tokens_map,
         },
+        outputs=recorded_outputs(arguments.output_dir),
     )
     build_card(arguments.output_dir)
     if report:
