@@ -233,8 +233,8 @@ def _own_places(own: Path) -> list[str]:
     places = {own.resolve(), Path.cwd(), Path.home(), Path(tempfile.gettempdir()), Path(sys.prefix)}
     if own.parent != Path("."):
         places.add(own.resolve().parent)
-    # A child of the root, such as /srv, says nothing.
-    spelled = {str(place) for place in places if len(place.parts) > 2 or place == Path.home()}
+    # A child of the root, such as /srv, says nothing, and may be a token of a vocabulary.
+    spelled = {str(place) for place in places if len(place.parts) > 2}
     host = socket.gethostname()
     # A short or plain name (localhost, pod, 4f2c) is met by chance.
     if len(host) >= 8 and host != "localhost" and re.search(r"[\d.\-]", host):
