@@ -9,6 +9,7 @@ import pytest
 import torch
 
 torch.set_num_threads(2)
+pytest_plugins = ["local_hub"]  # the fixture of that name
 
 
 @pytest.fixture(autouse=True)
