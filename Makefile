@@ -25,8 +25,9 @@ demo-r1: $(INSTALLED)
 demo-r1-report: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m training.r1 --config training/recipes/llama_style/r1_demo/report.yaml
 
+# A process a core; the tests of a file stay together, since they share what a fixture has trained.
 test: $(INSTALLED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

@@ -1,14 +1,15 @@
-"""Tests run offline, from a fixed seed, and on as many threads everywhere."""
+"""Tests run offline, from a fixed seed, and on one thread: `make test` runs as many at a time as there are cores."""
 
 import gc
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+# Read when huggingface_hub and torch are imported, here and in the processes that tests start.
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import pytest
 import torch
 
-torch.set_num_threads(2)
+pytest_plugins = ["local_hub"]  # the fixture of that name
 
 
 @pytest.fixture(autouse=True)

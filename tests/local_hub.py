@@ -5,13 +5,13 @@ one part or several, commits, pull requests), lists it and downloads from it, an
 files come from a second origin ("localhost" beside "127.0.0.1") by signed addresses that take no token, as from the
 Hub's storage. Xet, paging of long listings, datasets' viewers and the like are not here.
 
-    def test_it(local_hub):                         # from local_hub import local_hub
+    def test_it(local_hub):  # a fixture of conftest.py
         local_hub.api.create_repo("user/name")
-        local_hub.faults.append(Fault("PUT", "/upload/", 503, times=2))
+        local_hub.faults.append(Fault("PUT", "/upload/", 503, times=2))  # from local_hub_http import Fault
         ...
         subprocess.run([...], env=local_hub.environment(tmp_path))
 
-Set `HF_HUB_DISABLE_XET` for a client of this server: the fixture and `environment` do.
+A client of this server needs `HF_HUB_DISABLE_XET`: the fixture and `environment` see to it.
 """
 
 import base64
@@ -19,20 +19,26 @@ import json
 import os
 import re
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
 from huggingface_hub import HfApi
+from local_hub_http import (
+    Answer,
+    Call,
+    FaultyServer,
+    Request,
+    as_json,
+    matches,
+)
 from local_hub_store import (
     MAIN,
     Blob,
@@ -40,69 +46,17 @@ from local_hub_store import (
     Discussion,
     HubError,
     Repo,
+    User,
     card_metadata,
     check_repo_id,
     pointer_size,
     upload_mode,
 )
 
-# What a fault does to a request, beside answering with a status.
-BEFORE_BODY = "the connection ends before the body is read"
-IN_BODY = "the connection ends in the middle of the body"
-BEFORE_ANSWER = "the work is done, and the connection ends before the answer"
-IN_ANSWER = "the connection ends in the middle of the answer's body"
-LET_PASS = "nothing: for faults from the n-th request on"
-
 TOKEN = "hf_owner"  # of "user", a member of "team"
 STRANGERS_TOKEN = "hf_stranger"  # of "stranger"
 READING_TOKEN = "hf_reader"  # of "user" again, with the right to read only
-CHUNK = 2**20
 DISCUSSIONS_A_PAGE = 10
-
-
-@dataclass
-class Fault:
-    """Befalls the next `times` requests of `method` whose path (with its query) the regular expression is found in.
-
-    Of several faults that match, the first in the queue is taken; one that is used up leaves the queue.
-    """
-
-    method: str
-    path: str
-    what: str | int  # one of the sentences above, or a status
-    times: int = 1
-    retry_after: int | None = None  # seconds
-
-
-@dataclass
-class Request:
-    """A request that came in; `status` stays None where the connection was dropped instead of an answer."""
-
-    method: str
-    path: str  # with its query, as sent
-    headers: dict[str, str]
-    status: int | None = None
-
-
-@dataclass(frozen=True)
-class User:
-    name: str
-    role: str = "write"
-    organisations: tuple[str, ...] = ()
-
-    def owns(self, namespace: str) -> bool:
-        return namespace in (self.name, *self.organisations)
-
-
-@dataclass
-class Answer:
-    """`body` is sent as it is; a path is sent from its byte `start` on, `length` bytes of it."""
-
-    status: int = 200
-    body: bytes | Path = b""
-    start: int = 0
-    length: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -117,10 +71,6 @@ class Upload:
 
     def expected_size(self, part: int) -> int:
         return self.size if self.part_size is None else min(self.part_size, self.size - (part - 1) * self.part_size)
-
-
-def as_json(value, status: int = 200, **headers: str) -> Answer:
-    return Answer(status, json.dumps(value).encode(), headers={"Content-Type": "application/json", **headers})
 
 
 KINDS = {"models": "model", "spaces": "space", "datasets": "dataset"}
@@ -144,6 +94,7 @@ class LocalHub:
         api: an `HfApi` for it, as the owner.
         faults: the queue of faults to come.
         requests: every request so far, in the order of arrival.
+        failures: tracebacks of failures of this server itself; the fixture lets no test pass with one.
         multipart_size: LFS objects of more bytes are asked for in parts of so many; None for single parts.
         waits: seconds that this process's client would have slept between its tries (the fixture lets it go on).
     """
@@ -156,15 +107,15 @@ class LocalHub:
             READING_TOKEN: User("user", role="read"),
             STRANGERS_TOKEN: User("stranger"),
         }
-        self.faults: list[Fault] = []
-        self.requests: list[Request] = []
         self.waits: list[float] = []
         self.multipart_size: int | None = None
-        self.lock = threading.RLock()
+        self._lock = threading.Lock()
         self._uploads: dict[str, Upload] = {}
         self._downloads: dict[str, Blob] = {}
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self._server.hub = self
+        self._server = FaultyServer(
+            self.answer, lambda request: request.path.startswith("/upload/"), self.blobs.new_file
+        )
+        self.faults, self.requests, self.failures = self._server.faults, self._server.requests, self._server.failures
         port = self._server.server_port
         self.endpoint, self.storage = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
         self.api = HfApi(endpoint=self.endpoint, token=TOKEN)
@@ -184,7 +135,7 @@ class LocalHub:
 
     def sent(self, method: str, path: str) -> list[Request]:
         """The requests of `method` whose path the regular expression is found in."""
-        return [request for request in list(self.requests) if _matches(request, method, path)]
+        return [request for request in list(self.requests) if matches(request, method, path)]
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         """For a fresh process: this server as its Hub, caches and remote code under `home`, `token` logged in."""
@@ -210,7 +161,7 @@ class LocalHub:
             raise HubError(401, "Invalid credentials in Authorization header")
         return user
 
-    def visible_repo(self, call: "Call", kind: str, repo_id: str) -> Repo:
+    def visible_repo(self, call: Call, kind: str, repo_id: str) -> Repo:
         """The repository, or the same error whether it doesn't exist or isn't shown to this user."""
         repo = self.repos.get((kind, repo_id))
         if repo is None or (repo.private and not (call.user and call.user.owns(repo.namespace))):
@@ -219,7 +170,7 @@ class LocalHub:
             raise HubError(404, "Repository not found", "RepoNotFound")
         return repo
 
-    def check_writer(self, call: "Call", namespace: str, own: bool = True) -> User:
+    def check_writer(self, call: Call, namespace: str, own: bool = True) -> User:
         """Refuses a user without the right to write, and with `own`, one to whom the namespace doesn't belong."""
         if call.user is None:
             raise HubError(401, "Invalid username or password.")
@@ -229,13 +180,13 @@ class LocalHub:
 
     # What it answers.
 
-    def answer(self, call: "Call") -> Answer:
+    def answer(self, call: Call) -> Answer:
         path = urlsplit(call.request.path).path
         for method, pattern, name in ROUTES:
             match = pattern.fullmatch(path)
             if match and method == call.request.method:
                 parts = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
-                with self.lock:
+                with self._lock:
                     if not name.startswith("storage_"):
                         call.user = self.user(call.request.headers)
                     elif "authorization" in call.request.headers:
@@ -306,10 +257,12 @@ class LocalHub:
     @route("GET", API_REPO + "/revision/(?P<revision>[^/]+)")
     def repo_info(self, call, repo, revision="main"):
         commit = repo.resolve(revision)
-        card = {}
+        card, described = {}, {}
         if "README.md" in commit.files:
-            card = card_metadata(repo.blobs.path(commit.files["README.md"].sha256).read_text(encoding="utf-8"))
-        described = {name: card[name] for name in ("pipeline_tag", "library_name", "model-index") if name in card}
+            card = card_metadata(repo.read("README.md", revision).decode())
+        if "config.json" in commit.files and b"model_type" in repo.read("config.json", revision):
+            described["library_name"] = "transformers"  # as the Hub concludes, unless the card names one
+        described |= {name: card[name] for name in ("pipeline_tag", "library_name", "model-index") if name in card}
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         if "blobs" in call.query:
             for sibling in siblings:
@@ -542,7 +495,7 @@ class LocalHub:
             raise HubError(403, "SignatureDoesNotMatch")
         return self.send_blob(call, blob, {"ETag": f'"{blob.sha256}"'})
 
-    def send_blob(self, call: "Call", blob: Blob, headers: dict[str, str]) -> Answer:
+    def send_blob(self, call: Call, blob: Blob, headers: dict[str, str]) -> Answer:
         headers |= {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", call.request.headers.get("range", ""))
         if wanted is None:
@@ -573,137 +526,6 @@ def discussion_entry(repo: Repo, discussion: Discussion) -> dict:
     }
 
 
-def _matches(request: Request, method: str, path: str) -> bool:
-    return request.method == method and re.search(path, request.path) is not None
-
-
-@dataclass
-class Call:
-    """A request while it is answered: with its body, in memory or, for an upload, in a file."""
-
-    request: Request
-    body: bytes
-    upload: Path | None
-    user: User | None = None
-
-    @property
-    def query(self) -> dict[str, list[str]]:
-        return parse_qs(urlsplit(self.request.path).query)
-
-    def json(self) -> dict:
-        try:
-            return json.loads(self.body)
-        except ValueError as error:
-            raise HubError(400, "The request's body is not JSON.") from error
-
-
-class _Dropped(Exception):
-    """The connection is to end here."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else an answer's body waits for the acknowledgement of its headers
-
-    def log_message(self, *arguments):
-        pass
-
-    def _serve(self):
-        hub: LocalHub = self.server.hub
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        request = Request(self.command, self.path, headers)
-        fault = self._next_fault(hub, request)
-        try:
-            call = self._read(hub, request, fault)
-            answer = self._fault_answer(fault) or self._answer(hub, call)
-            if fault.what == BEFORE_ANSWER:
-                raise _Dropped
-            self._send(request, answer, cut=fault.what == IN_ANSWER)
-        except (_Dropped, ConnectionError):
-            self.close_connection = True
-            # Else the socket would stay open for as long as the handler's files refer to it.
-            self.connection.shutdown(socket.SHUT_RDWR)
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
-
-    def _next_fault(self, hub: LocalHub, request: Request) -> Fault:
-        with hub.lock:
-            hub.requests.append(request)
-            for fault in hub.faults:
-                if _matches(request, fault.method, fault.path):
-                    fault.times -= 1
-                    if fault.times == 0:
-                        hub.faults.remove(fault)
-                    return fault
-        return Fault(request.method, request.path, LET_PASS)
-
-    def _read(self, hub: LocalHub, request: Request, fault: Fault) -> Call:
-        if fault.what == BEFORE_BODY:
-            raise _Dropped
-        length = int(request.headers.get("content-length", 0))
-        left = length // 2 if fault.what == IN_BODY else length
-        uploads = request.method == "PUT" and request.path.startswith("/upload/")
-        upload, body = hub.blobs.new_file() if uploads else None, b""
-        if uploads:
-            with open(upload, "wb") as file:
-                while left > 0:
-                    part = self.rfile.read(min(left, CHUNK))
-                    if not part:
-                        raise _Dropped
-                    left -= file.write(part)
-        else:
-            body = self.rfile.read(left)
-        if fault.what == IN_BODY:
-            if uploads:
-                upload.unlink()
-            raise _Dropped
-        return Call(request, body, upload)
-
-    def _fault_answer(self, fault: Fault) -> Answer | None:
-        if not isinstance(fault.what, int):
-            return None
-        headers = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
-        return as_json({"error": "This fault is part of a test."}, fault.what, **headers)
-
-    def _answer(self, hub: LocalHub, call: Call) -> Answer:
-        try:
-            return hub.answer(call)
-        except HubError as error:
-            headers = {"X-Error-Message": error.message.replace("\n", " "), **error.headers}
-            if error.code is not None:
-                headers["X-Error-Code"] = error.code
-            return as_json({"error": error.message}, error.status, **headers)
-        finally:
-            if call.upload is not None:
-                call.upload.unlink(missing_ok=True)
-
-    def _send(self, request: Request, answer: Answer, cut: bool) -> None:
-        length = answer.length if isinstance(answer.body, Path) else len(answer.body)
-        self.send_response(answer.status)
-        for name, value in answer.headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(length))
-        self.end_headers()
-        if request.method != "HEAD":
-            for part in _parts(answer, length // 2 if cut else length):
-                self.wfile.write(part)
-        if cut:
-            raise _Dropped
-        request.status = answer.status
-
-
-def _parts(answer: Answer, length: int) -> Iterator[bytes]:
-    if isinstance(answer.body, bytes):
-        yield answer.body[:length]
-        return
-    with open(answer.body, "rb") as file:
-        file.seek(answer.start)
-        while length > 0:
-            part = file.read(min(length, CHUNK))
-            length -= len(part)
-            yield part
-
-
 @pytest.fixture
 def local_hub(tmp_path, monkeypatch) -> Iterator[LocalHub]:
     """A Hub of this test's own, which this process's huggingface_hub and transformers take for the Hub.
@@ -729,3 +551,4 @@ def local_hub(tmp_path, monkeypatch) -> Iterator[LocalHub]:
         huggingface_hub.close_session()
         yield hub
         huggingface_hub.close_session()
+        assert not hub.failures, hub.failures[0]

@@ -39,6 +39,16 @@ def git_hash(content: bytes) -> str:
 
 
 @dataclass(frozen=True)
+class User:
+    name: str
+    role: str = "write"
+    organisations: tuple[str, ...] = ()
+
+    def owns(self, namespace: str) -> bool:
+        return namespace in (self.name, *self.organisations)
+
+
+@dataclass(frozen=True)
 class Blob:
     """A file's content; `oid` is git's hash of what git holds: the content, or an LFS pointer to it."""
 

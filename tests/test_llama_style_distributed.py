@@ -17,7 +17,7 @@ from hf_models import LlamaStyleForCausalLM
 
 
 def test_split_and_sharded_models_equal_the_whole_one():
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29573"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     ended = subprocess.run([*command, __file__], capture_output=True, text=True, timeout=200)
     assert ended.returncode == 0, ended.stderr[-3000:]
 
