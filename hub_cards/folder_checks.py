@@ -223,7 +223,7 @@ def _own_secrets() -> dict[str, str]:
         if _SECRET_VARIABLE.search(name) and len(value) >= SHORTEST_SECRET and not os.path.isabs(value)
     }
     token = get_token()
-    if token and token not in found.values():
+    if token and len(token) >= SHORTEST_SECRET and token not in found.values():
         found["your Hugging Face token"] = token
     return found
 

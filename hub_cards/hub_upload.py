@@ -142,18 +142,20 @@ def _patiently(what: str, action: Callable[[], Result], destination: Destination
             raise UploadError(
                 f"{destination.name}: the Hub knows no such repo or branch, or your token may not see it."
             ) from error
-        except HfHubHTTPError as error:
-            status = error.response.status_code if error.response is not None else None
-            if status not in TEMPORARY or not tries_left:
-                raise UploadError(_refusal(what, destination, status, error)) from error
-            wait, reason = _asked_wait(error), f"the Hub answered {status}"
-        except (httpx.TransportError, OSError) as error:
+        except (httpx.TransportError, OSError, RuntimeError) as raised:
+            error = raised.__cause__ if type(raised) is RuntimeError else raised  # huggingface_hub's, around an upload
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if status is not None and (status not in TEMPORARY or not tries_left):
+                raise UploadError(_refusal(what, destination, status, error)) from raised
+            if not isinstance(error, httpx.TransportError | OSError):
+                raise
             if not tries_left:
                 raise UploadError(
                     f"{destination.name}: {what} failed {TRIES} times, the last time by {type(error).__name__} "
                     f"({error}). Nothing was published; give the same command again."
-                ) from error
-            wait, reason = None, f"{type(error).__name__}: {error}"
+                ) from raised
+            wait = _asked_wait(error) if status else None
+            reason = f"the Hub answered {status}" if status else f"{type(error).__name__}: {error}"
         wait = wait or random.uniform(0.5, 1) * min(LONGEST_WAIT, FIRST_WAIT * 2 ** (TRIES - 1 - tries_left))
         say(f"{what}: {reason}; again in {wait:.0f} s")
         time.sleep(wait)
@@ -165,7 +167,7 @@ def _asked_wait(error: HfHubHTTPError) -> float | None:
     return min(LONGEST_WAIT, float(seconds)) if seconds.isdigit() else None
 
 
-def _refusal(what: str, destination: Destination, status: int | None, error: Exception) -> str:
+def _refusal(what: str, destination: Destination, status: int, error: Exception) -> str:
     said = " ".join(str(getattr(error, "server_message", None) or error).split())[:300]
     if status == 401:
         mend = "your token is not known: `hf auth login` with one that may write"
