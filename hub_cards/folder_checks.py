@@ -35,7 +35,7 @@ LEFT_OUT = {
     ".DS_Store": "the file manager's own",
     ".gitignore": "git's own",
 }
-WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx_data")
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx.data", ".onnx_data")
 TEXTS = (".json", ".jsonl", ".py", ".md", ".jinja", ".txt", ".yaml", ".yml", ".toml", ".csv", ".svg", ".html")
 PICTURES = {".png": b"\x89PNG", ".jpg": b"\xff\xd8", ".jpeg": b"\xff\xd8", ".gif": b"GIF8", ".webp": b"RIFF"}
 TOKENIZER_MODELS = (".model",)  # SentencePiece's
@@ -147,7 +147,7 @@ def _problem_of_kind(file: Path) -> str | None:
                 return f"is no picture, whatever its name says: restore it as {file.suffix}, or remove it."
         return None
     known = (*WEIGHTS, *TEXTS, *TOKENIZER_MODELS)
-    if file.suffix not in known and file.name not in NAMED_TEXTS:
+    if not file.name.endswith(known) and file.name not in NAMED_TEXTS:
         return "is of no kind that a published model has: move it out of the folder."
     if file.stat().st_size == 0:
         return "is empty: restore it, or remove it."

@@ -155,7 +155,7 @@ def _listed(folder: Path):
 
 def _stage(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if source.suffix in WEIGHTS and source.exists():
+    if source.name.endswith(WEIGHTS) and source.exists():
         target.symlink_to(source.resolve())
     elif source.exists():
         shutil.copyfile(source, target)
