@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from .hub_upload import Destination, UploadError, sha256, upload
 
 LONGEST_CHECK = 3600  # seconds, for loading and for the card's snippets
 FILES_HEADING = "## Files"
+CLIMBING = re.compile(r"\.\./\S+")
 
 
 class PublishError(ValueError):
@@ -120,6 +122,7 @@ def checked(
         staged = Path(scratch) / "folder" / folder.resolve().name
         for name in listing.files:
             _stage(folder / name, staged / name)
+        _shorten_paths(staged)
         base = _name_base(staged, folder, base_model)
         edited = _write_card(staged, folder, repo_id)
         if edited:
@@ -161,6 +164,27 @@ def _stage(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     else:
         target.symlink_to(source)  # a link to nothing, which the checks then name
+
+
+def _shorten_paths(staged: Path) -> None:
+    """Of a path in run.json that climbs out of the working folder, and so tells of the machine, the last part stays."""
+    run = _read_json(staged / "run.json")
+    if not run:
+        return
+
+    def shortened(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: shortened(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [shortened(item) for item in value]
+        return Path(value).name if isinstance(value, str) and CLIMBING.fullmatch(value) else value
+
+    short = shortened(run)
+    if isinstance(short.get("command"), str):
+        words = (word.rpartition("=") for word in shlex.split(short["command"]))
+        short["command"] = shlex.join(f"{field}{equals}{shortened(value)}" for field, equals, value in words)
+    if short != run:
+        _write_run(staged, short)
 
 
 def _name_base(staged: Path, folder: Path, base_model: str | None) -> tuple[str, Path] | None:

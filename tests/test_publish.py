@@ -21,6 +21,7 @@ from hub_cards import stranger
 from hub_cards.build_card import build_card
 from hub_cards.hub_upload import UploadError
 from hub_cards.publish import PublishError, publish
+from training import pretrain_lm
 
 REPO = "user/tiny"
 # In a process that knows nothing of us: opens a revision, and prints what the model computes.
@@ -169,6 +170,41 @@ def test_a_failed_upload_leaves_nothing_and_the_same_again_completes_it(local_hu
     publish(folder, REPO)
     assert "model.safetensors" in local_hub.repo(REPO).resolve("main").files
     assert len(local_hub.sent("PUT", "/upload/")) == sent  # what was large had arrived
+
+
+def test_push_to_hub_of_a_model_goes_the_same_way_and_keeps_the_card_that_is_there(local_hub, folder, met):
+    model = LlamaStyleForCausalLM.from_pretrained(folder)
+    model.push_to_hub(REPO, private=True, commit_message="By hand")
+    repo = local_hub.repo(REPO)
+    assert repo.private
+    assert repo.history()[0].title == "By hand"
+    assert 'AutoModelForCausalLM.from_pretrained("user/tiny"' in repo.read("README.md").decode()
+    assert "modeling_llama_style.py" in repo.resolve("main").files
+
+    publish(folder, REPO)
+    card = repo.read("README.md").decode().split("## Files")[0]
+    model.push_to_hub(REPO, create_pr=True)
+    assert repo.read("README.md", "refs/pr/1").decode().split("## Files")[0] == card
+
+
+def test_a_trainer_publishes_the_finished_run(local_hub, tmp_path, met):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"The river {i} runs to the sea. " * 8}) + "\n" for i in range(40)))
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    options = f"""--dataset {texts} --tokenizer {tmp_path / "tokenizer"} --size 1m --block_size 32 --max_steps 2
+        --per_device_train_batch_size 2 --eval_strategy no --save_strategy no --precision fp32 --use_cpu true
+        --report_to none --output_dir {tmp_path / "run"} --push_to_hub true --hub_model_id {REPO}
+        --hub_private_repo true"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain_lm", *options.split()])
+        pretrain_lm.main()
+    repo = local_hub.repo(REPO)
+    assert repo.private
+    assert len(repo.history()) == 2  # one commit, when the run was finished
+    assert json.loads(repo.read("run.json"))["status"] == "finished"
+    card = repo.read("README.md").decode()
+    assert "--dataset texts.jsonl --tokenizer tokenizer " in card  # and not where these lie on this machine
+    assert "`hub_model_id`" not in card
 
 
 # ---- what a stranger finds ----
