@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parent.parent
+SECONDS = 600  # of patience: a machine may be busy with more than the tests
 
 
 def command(module, options, launcher=()):
@@ -34,13 +35,13 @@ def accelerate_two_processes():
 
 
 def run(words):
-    return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=SECONDS)
 
 
 def kill_when_there(words, awaited, delay=0.0):
     """Starts a command and kills it `delay` seconds after the path `awaited` appeared."""
     process = subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + SECONDS
     while not awaited.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(delay)
