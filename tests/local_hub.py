@@ -3,7 +3,7 @@
 It answers what huggingface_hub's own client asks for when it makes a repository, uploads to it (preupload, Git LFS in
 one part or several, commits, pull requests), lists it and downloads from it, and it refuses what the Hub refuses. Large
 files come from a second origin ("localhost" beside "127.0.0.1") by signed addresses that take no token, as from the
-Hub's storage. Xet, paging of long listings, datasets' viewers and the like are not here.
+Hub's storage. Models and Spaces only; Xet, tags, .gitignore and paging of long listings are not here.
 
     def test_it(local_hub):  # a fixture of conftest.py
         local_hub.api.create_repo("user/name")
@@ -73,8 +73,9 @@ class Upload:
         return self.size if self.part_size is None else min(self.part_size, self.size - (part - 1) * self.part_size)
 
 
-KINDS = {"models": "model", "spaces": "space", "datasets": "dataset"}
-API_REPO = r"/api/(?P<kind>models|spaces|datasets)/(?P<repo>[^/]+/[^/]+)"
+KINDS = {"models": "model", "spaces": "space"}
+API_REPO = r"/api/(?P<kind>models|spaces)/(?P<repo>[^/]+/[^/]+)"
+PAGE_REPO = r"/((?P<kind>spaces)/)?(?P<repo>[^/]+/[^/]+)"
 ROUTES: list[tuple[str, re.Pattern, str]] = []  # method, path, name of the method of LocalHub
 
 
@@ -353,7 +354,7 @@ class LocalHub:
                 files[-1]["oid"] = known.etag
         return as_json({"files": files, "commitOid": commit.oid})
 
-    @route("POST", r"/((?P<kind>spaces|datasets)/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
+    @route("POST", PAGE_REPO + r"\.git/info/lfs/objects/batch")
     def lfs_batch(self, call, repo):
         wish = call.json()
         self.check_writer(call, repo.namespace, own="ref" in wish)
@@ -416,7 +417,7 @@ class LocalHub:
             upload.repo.uploaded[upload.sha256] = upload.size
         return as_json({"success": True})
 
-    @route("POST", r"/((?P<kind>spaces|datasets)/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/verify")
+    @route("POST", PAGE_REPO + r"\.git/info/lfs/objects/verify")
     def lfs_verify(self, call, repo):
         self.check_writer(call, repo.namespace, own=False)
         wish = call.json()
@@ -475,8 +476,8 @@ class LocalHub:
             entry |= {"changes": {"base": MAIN}, "filesWithConflicts": [], "diff": ""}
         return as_json(entry)
 
-    @route("GET", r"/((?P<kind>spaces|datasets)/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
-    @route("HEAD", r"/((?P<kind>spaces|datasets)/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+    @route("GET", PAGE_REPO + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+    @route("HEAD", PAGE_REPO + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
     def resolve(self, call, repo, revision, path):
         commit = repo.resolve(revision)
         blob = repo.blob(commit, path)

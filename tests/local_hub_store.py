@@ -175,7 +175,7 @@ def check_path(path: str) -> None:
 class Repo:
     """One repository; `refs` names commits, a commit never changes, and only `commit` moves a ref."""
 
-    kind: str  # "model", "space" or "dataset"
+    kind: str  # "model" or "space"
     id: str
     private: bool
     blobs: BlobStore

@@ -1,5 +1,6 @@
 """Evaluation: figures equal those computed by hand, and are recorded in the run folder, where nothing else changes."""
 
+import functools
 import hashlib
 import json
 import math
@@ -59,6 +60,12 @@ def model(trained):
 @pytest.fixture(scope="module")
 def tokenizer(trained):
     return load_tokenizer(trained)
+
+
+@pytest.fixture(scope="module")
+def indexed_once():
+    """The harness's `TaskManager`, which reads its thousands of task files for the first that asks only."""
+    return functools.cache(pytest.importorskip("lm_eval.tasks").TaskManager)
 
 
 @pytest.fixture
@@ -353,9 +360,11 @@ QUESTION = {"prompt": "1+1", "answer": 2}
         ({"exact_match": "ROWS", "batch_size": 0}, [QUESTION], "--batch_size is 0: give 1 or more"),
     ],
 )
-def test_bad_input_is_told_in_one_line(evaluate, trained, tmp_path, capsys, options, rows, message):
+def test_bad_input_is_told_in_one_line(
+    evaluate, trained, tmp_path, capsys, monkeypatch, request, options, rows, message
+):
     if "tasks" in options:
-        pytest.importorskip("lm_eval")
+        monkeypatch.setattr("lm_eval.tasks.TaskManager", request.getfixturevalue("indexed_once"))
     file = write_lines(tmp_path / "rows.jsonl", rows or [])
     options = {name: file if value == "ROWS" else value for name, value in options.items()}
     with pytest.raises(SystemExit) as stopped:

@@ -27,7 +27,7 @@ from local_hub import READING_TOKEN, STRANGERS_TOKEN, TOKEN
 from local_hub_http import BEFORE_ANSWER, BEFORE_BODY, IN_ANSWER, IN_BODY, LET_PASS, Fault
 from PIL import Image
 from tiny_chat_model import new_tiny_model, tiny_tokenizer
-from transformers import ConvNextImageProcessor
+from transformers import AutoModelForCausalLM, ConvNextImageProcessor
 
 from hf_models import ConvNextV2FcmaeConfig
 
@@ -402,6 +402,16 @@ def test_a_download_that_breaks_off_goes_on(local_hub, repo_of_a_folder, monkeyp
     ranges = [request.headers.get("range") for request in local_hub.sent("GET", "/download/")]
     assert ranges == [None, "bytes=524288-", "bytes=524288-"]
     assert not local_hub.faults
+
+
+def test_transformers_pushes_and_opens(local_hub):
+    model = new_tiny_model(tiny_tokenizer())
+    model.push_to_hub(REPO, private=True)
+    model.push_to_hub(REPO, create_pr=True, commit_message="Again")  # nothing has changed
+    assert {"config.json", "model.safetensors", "modeling_llama_style.py"} <= published(local_hub).keys()
+    again = AutoModelForCausalLM.from_pretrained(REPO)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_a_fresh_process_opens_what_was_published(local_hub, tmp_path):

@@ -177,7 +177,7 @@ def test_killed_at_any_moment_and_resumed_it_gives_the_same_losses_to_the_bit(im
 
 def test_two_processes_resumed_give_the_losses_of_one_with_the_same_global_batch(images, finished, tmp_path):
     folder = tmp_path / "two"
-    words = pretrain(images, folder, two_processes(29581), per_device_train_batch_size=4)
+    words = pretrain(images, folder, two_processes(), per_device_train_batch_size=4)
     kill_when_there(words, folder / "checkpoint-20")
     ended = run(words)
     assert ended.returncode == 0, ended.stderr
