@@ -183,7 +183,8 @@ def test_an_unfinished_run_says_so(tmp_path):
 
 
 def test_a_published_model_is_called_by_its_hub_id(tmp_path):
-    card = card_text(tmp_path / "model", full_run() | {"hub_id": "someone/small-llama"})
+    write_run(tmp_path / "model", full_run())
+    card = build_card(tmp_path / "model", hub_id="someone/small-llama").read_text(encoding="utf-8")
     assert "# small-llama\n" in card
     assert 'from_pretrained("someone/small-llama"' in card
 
