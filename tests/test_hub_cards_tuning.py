@@ -311,7 +311,7 @@ def test_a_run_claims_the_licence_that_base_and_data_share_and_no_other(tmp_path
     unknown_base["base_run"]["license"] = None
     license, text = terms(tmp_path / "run", unknown_base)
     assert license is None
-    assert "which the run does not know" in text
+    assert "this run does not know it" in text
     unknown_data = copy.deepcopy(shared)
     del unknown_data["data"]["train"]["info"]
     license, text = terms(tmp_path / "run", unknown_data)
