@@ -285,6 +285,7 @@ def _environment() -> jinja2.Environment:
         "difficulty": difficulty,
         "duration": duration,
         "fenced": fenced,
+        "in_lines": in_lines,
         "inline_code": inline_code,
         "machine": machine,
         "plain": plain,
@@ -350,6 +351,21 @@ def fenced(text: str) -> str:
     wrapper = textwrap.TextWrapper(SAMPLE_WIDTH, expand_tabs=False, replace_whitespace=False, break_on_hyphens=False)
     lines = [part for line in text.split("\n") for part in wrapper.wrap(line) or [""]]
     return "\n".join([fence + "text", *lines, fence])
+
+
+def in_lines(command: str) -> str:
+    """A shell command in lines that need no scroll bar, broken where an option begins."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an open quote, which no run of ours records
+        return command
+    lines = [""]
+    for i, word in enumerate(words):
+        option = shlex.join(words[i : i + 2])
+        if word.startswith("--") and lines[-1] and len(lines[-1]) + len(option) + 3 > SAMPLE_WIDTH:
+            lines.append("   ")
+        lines[-1] += (" " if lines[-1] else "") + shlex.quote(word)
+    return " \\\n".join(lines)
 
 
 def _longest_backticks(text: str) -> int:

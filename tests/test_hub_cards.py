@@ -209,7 +209,7 @@ def test_snippets_run_where_our_packages_are_not(tmp_path):
     cards = card_text(tmp_path / "model", full_run()) + card_text(tmp_path / "tokenizer", tokenizer_run())
     snippets = python_snippets(cards)
     assert snippets.count("from transformers import") == 3
-    printed = run_as_stranger(snippets, tmp_path)
+    printed = run_as_stranger(cards, tmp_path)
     assert 'The "river"' in printed
     assert "Where do rivers run?" in printed
 
