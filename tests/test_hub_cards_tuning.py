@@ -373,8 +373,8 @@ def test_snippets_run_where_our_packages_are_not(tmp_path):
         run["arguments"] |= {"output_dir": name}  # the bases, too, are named as seen from there
     cards = "".join(card_text(tmp_path / name, run) for name, run in runs.items())
     snippets = python_snippets(cards)
-    assert snippets.count("AutoPeftModelForCausalLM.from_pretrained(") == 4
-    assert snippets.count("AutoPeftModelForSequenceClassification.from_pretrained(") == 2
+    assert snippets.count("AutoPeftModelForCausalLM.from_pretrained(") == 8  # to ask, and to merge
+    assert snippets.count("AutoPeftModelForSequenceClassification.from_pretrained(") == 4
     printed = run_as_stranger(cards, tmp_path)
     scores = re.findall(r"^[+-]\d+\.\d{3} ", printed, flags=re.MULTILINE)
     assert len(scores) == 8  # two answers by each whole model, and by each adapter
