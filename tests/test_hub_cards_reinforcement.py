@@ -364,7 +364,7 @@ def test_the_road_stands_in_its_own_card_and_in_the_final_model_s(tmp_path, undr
         assert "strict pass@1 changed by **+70.0** points, lenient greedy accuracy by **+13.4**" in card
         assert f"{report['problems']['rows']:,} held-out problems of `reasoning_gym:chain_sum`" in card
         assert "over problems and seeds" in card
-        assert "| SFT | SFT of the base on Zero's verified samples | `runs/r1/sft` | 4 min |" in card
+        assert "| SFT | SFT of the base on Zero's verified samples | `runs/r1/sft` | 4&nbsp;min |" in card
         assert "none of which is in the data of any stage" in card
     leaking = full_runs()["r1"]
     leaking["report"]["problems"]["in_training_data"]["zero_samples"] = 3
