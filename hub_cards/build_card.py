@@ -9,6 +9,7 @@ section whose data are missing is left out, and a card that cannot do without th
 import argparse
 import json
 import re
+import shlex
 import shutil
 import textwrap
 from collections import Counter
@@ -17,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 
 from .confusion import PICTURED_CLASSES, draw_confusion, most_confused, side
+from .energy import estimate_energy
+from .metadata import base_model, card_metadata, result_license
 from .plots import WIDE, draw_curves
-from .readable_numbers import count, duration, quantity
+from .readable_numbers import count, duration, quantity, rounded
 from .reinforcement import describe_reinforcement, describe_road
 from .reinforcement_plots import draw_reinforcement, draw_road_by_step, draw_stages
 from .tuned_models import describe_tuning
@@ -60,67 +64,6 @@ OPTIONAL_SECTIONS = {
     "skipped_images": {"count": 0},
     "warnings": [],
     "road": {},
-}
-# Of each task: its pipeline on the Hub, its tags, and the figures that the Hub's index of models is told, each with
-# its type there and its name.
-HUB_METADATA = {
-    "pretrain_lm": {
-        "pipeline_tag": "text-generation",
-        "tags": ["pretrained"],
-        "metrics": {
-            "eval_loss": ("loss", "loss (nats a token)"),
-            "eval_perplexity": ("perplexity", "perplexity (per token)"),
-            "eval_bits_per_byte": ("bits_per_byte", "bits per byte"),
-        },
-    },
-    "pretrain_fcmae": {
-        "pipeline_tag": "image-feature-extraction",
-        "tags": ["fcmae", "pretrained"],
-        # The loss stays out: it compares with no other model's, for it depends on masks and patches.
-        "metrics": {
-            "eval_knn_accuracy": ("accuracy", "accuracy of the nearest neighbours, frozen features"),
-            "eval_linear_accuracy": ("accuracy", "accuracy of a linear probe, frozen features"),
-        },
-    },
-    "finetune_classifier": {
-        "pipeline_tag": "image-classification",
-        "tags": [],
-        "metrics": {
-            "eval_accuracy": ("accuracy", "top-1 accuracy"),
-            "eval_top5_accuracy": ("top5_accuracy", "top-5 accuracy"),
-        },
-    },
-    "train_tokenizer": {"tags": ["tokenizer"], "metrics": {}},
-    "sft": {
-        "pipeline_tag": "text-generation",
-        "tags": ["sft", "trl", "conversational"],
-        "metrics": {
-            "eval_loss": ("loss", "loss (nats a token)"),
-            "eval_perplexity": ("perplexity", "perplexity (per token)"),
-            "eval_token_accuracy": ("accuracy", "tokens predicted right"),
-        },
-    },
-    "dpo": {
-        "pipeline_tag": "text-generation",
-        "tags": ["dpo", "trl", "conversational"],
-        "metrics": {"eval_accuracy": ("accuracy", "pairs whose preferred answer gained more")},
-    },
-    "reward": {
-        "pipeline_tag": "text-classification",
-        "tags": ["reward-model", "trl"],
-        "metrics": {"eval_accuracy": ("accuracy", "pairs whose preferred answer scores higher")},
-    },
-    "grpo": {
-        "pipeline_tag": "text-generation",
-        "tags": ["grpo", "trl", "reasoning"],
-        "metrics": {
-            "eval_pass@1": ("pass@1", "pass@1, strict: the right answer in the right format"),
-            "eval_pass@8": ("pass@8", "pass@8, strict: the right answer in the right format"),
-            "eval_lenient_pass@1": ("pass@1", "pass@1, lenient: the right answer in whatever format"),
-        },
-    },
-    # A folder of models, and itself none.
-    "r1": {"library": None, "tags": ["grpo", "trl", "reasoning"], "metrics": {}},
 }
 LOSS_LABELS = {
     # Of one step it is about 0 however good the model is, for the advantages of a group add up to 0.
@@ -210,13 +153,18 @@ NOT_HYPERPARAMETERS = {
 def build_card(folder: str | Path, hub_id: str | None = None) -> Path:
     """Writes `folder/README.md` and its pictures in `folder/card_assets/`; returns the card's path.
 
-    Raises ValueError where `run.json` is missing or no JSON, where its task has no template, and where it lacks what
-    the template cannot do without.
+    Args:
+        hub_id: `user/name` of the repository on the Hub in which the folder is to be published: the card is then
+            written for who reads it there. Without it, the card's code opens the folder beside the reader.
+
+    Raises ValueError where `run.json` is missing or no JSON, where its task has no template, where it lacks what the
+    template cannot do without, and where `hub_id` is none.
     """
     folder = Path(folder)
+    if hub_id is not None:
+        validate_repo_id(hub_id)
     run = _read_run(folder)
     template = _template(run["task"])
-    # A card is read in many places: where the run has no home on the Hub, the code opens the folder beside the reader.
     name = hub_id.split("/")[-1] if hub_id else folder.resolve().name
     tuning = describe_tuning(run)
     # An adapter names its base by a path from the folder in which it was trained: so then does the code its folder.
@@ -230,16 +178,18 @@ def build_card(folder: str | Path, hub_id: str | None = None) -> Path:
             run,
             name=name,
             repo=repo,
+            hub_id=hub_id,
             plots={plot: f"{ASSETS}/{file}" for plot, file in plots.items()},
             train_data=run["data"].get("train", {}),
             eval_data=run["data"].get("eval", {}),
-            base_model=_base_model(run),
+            base_model=base_model(run),
             tuning=tuning,
             reinforcement=describe_reinforcement(run) if run["task"] == "grpo" else {},
             road=road,
             road_figures=describe_road(road),
             custom_code="auto_map" in run.get("model", {}).get("config", {}),
             license=result_license(run),
+            energy=estimate_energy(run["hardware"], run["wall_time_seconds"]),
             hyperparameters={
                 field: value
                 for field, value in (run["arguments"] | run["training"]).items()
@@ -247,7 +197,7 @@ def build_card(folder: str | Path, hub_id: str | None = None) -> Path:
             },
             **_class_figures(run),
         )
-        metadata = _metadata(run, name)
+        metadata = card_metadata(run, name)
     except (jinja2.UndefinedError, KeyError) as error:
         raise ValueError(f"{folder / 'run.json'} lacks what a card of {run['task']} needs: {error}.") from error
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
@@ -278,36 +228,6 @@ def _draw(run: dict[str, Any], road: dict[str, Any], folder: Path) -> dict[str, 
     if pictures and reconstruction.is_file():
         plots["reconstruction"] = reconstruction.name
     return plots
-
-
-def _base_model(run: dict[str, Any]) -> str | None:
-    """The model whose weights the run began with; None for new weights."""
-    return run["data"].get("model", {}).get("path")
-
-
-def result_license(run: dict[str, Any]) -> str | None:
-    """On what terms the run's result may be passed on, in the Hub's spelling; None where no run knows.
-
-    It is the licence of the text or images, unless the weights that the run began with have their own, which prevails,
-    or are under other terms, or were made from data whose terms this run does not know. Problems that a program draws
-    are nobody's text and ask for nothing.
-    """
-    if run.get("base_license"):
-        return run["base_license"].lower()
-    train, base_run = run["data"].get("train", {}), run.get("base_run", {})
-    info = train.get("info", {})
-    read = [data for data in (train, run["data"].get("prompts", train)) if data.get("source") != "generator"]
-    licenses = {data.get("info", {}).get("license") for data in read}
-    if base_run.get("license") or not read:
-        licenses.add(base_run.get("license"))
-    # One licence for everything, or none that could be told; what is unknown is None.
-    spelled = {license and license.lower() for license in licenses}
-    license = spelled.pop() if len(spelled) == 1 else None
-    if base_run.get("license") or not read:
-        return license
-    if _base_model(run) is None or ("name" in info and base_run.get("data") == info["name"]):
-        return license
-    return None
 
 
 def _class_figures(run: dict[str, Any]) -> dict[str, Any]:
@@ -369,11 +289,14 @@ def _environment() -> jinja2.Environment:
         "difficulty": difficulty,
         "duration": duration,
         "fenced": fenced,
+        "in_lines": in_lines,
         "inline_code": inline_code,
         "machine": machine,
         "plain": plain,
         "python_string": python_string,
         "quantity": quantity,
+        "rounded": rounded,
+        "shell": shlex.quote,
         "signed": signed,
     }
     return environment
@@ -434,52 +357,23 @@ def fenced(text: str) -> str:
     return "\n".join([fence + "text", *lines, fence])
 
 
+def in_lines(command: str) -> str:
+    """A shell command in lines that need no scroll bar, broken where an option begins."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an open quote, which no run of ours records
+        return command
+    lines = [""]
+    for i, word in enumerate(words):
+        option = shlex.join(words[i : i + 2])
+        if word.startswith("--") and lines[-1] and len(lines[-1]) + len(option) + 3 > SAMPLE_WIDTH:
+            lines.append("   ")
+        lines[-1] += (" " if lines[-1] else "") + shlex.quote(word)
+    return " \\\n".join(lines)
+
+
 def _longest_backticks(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
-
-
-def _metadata(run: dict[str, Any], name: str) -> ModelCardData:
-    """The card's YAML header, which the Hub searches and shows beside the card."""
-    hub, tuning = HUB_METADATA[run["task"]], describe_tuning(run)
-    info = run["data"].get("train", {}).get("info", {})
-    config = run.get("model", {}).get("config", {})
-    tags = [config["model_type"]] if "model_type" in config else []
-    tags += hub["tags"] + tuning["tags"] + (["custom_code"] if "auto_map" in config else [])
-    # A sample's name or a local file's path would be taken for a data set on the Hub.
-    datasets = [data["dataset"] for data in run["data"].values() if data.get("source") == "hub" and "dataset" in data]
-    results = _eval_results(run)
-    return ModelCardData(
-        library_name="peft" if tuning["adapter_only"] else hub.get("library", "transformers"),
-        base_model=_base_model(run) if tuning["base_on_hub"] else None,
-        pipeline_tag=hub.get("pipeline_tag"),
-        license=result_license(run),
-        language=info.get("language"),
-        datasets=sorted(set(datasets)) or None,
-        tags=tags or None,
-        model_name=name if results else None,
-        eval_results=results or None,
-    )
-
-
-def _eval_results(run: dict[str, Any]) -> list[EvalResult]:
-    data, hub = run["data"].get("eval"), HUB_METADATA[run["task"]]
-    if data is None:
-        return []
-    # Of a local path, which is no data set on the Hub, the last part.
-    dataset = data["dataset"] if data.get("source") == "hub" else Path(data["dataset"]).name
-    return [
-        EvalResult(
-            task_type=hub["pipeline_tag"],
-            dataset_type=dataset,
-            dataset_name=data.get("info", {}).get("name", dataset),
-            dataset_split=data.get("split"),
-            metric_type=metric_type,
-            metric_name=name,
-            metric_value=run["metrics"][key],
-        )
-        for key, (metric_type, name) in hub["metrics"].items()
-        if run["metrics"].get(key) is not None
-    ]
 
 
 def main() -> None:

@@ -158,8 +158,9 @@ def _bits_per_byte_figure(bits_per_byte: list[Point], compressors: dict[str, flo
     for name, value in compressors.items():
         axes.axhline(value, color=REFERENCE, linestyle="--", linewidth=1)
         axes.annotate(
-            name, (1, value), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
-            ha="right", va="bottom", color=REFERENCE, fontsize=8,
+            # At the left, where the curve has not begun yet.
+            name, (0, value), xycoords=("axes fraction", "data"), xytext=(3, 2), textcoords="offset points",
+            ha="left", va="bottom", color=REFERENCE, fontsize=8,
         )  # fmt: skip
     return figure
 

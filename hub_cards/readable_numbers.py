@@ -14,6 +14,11 @@ def quantity(number: float, unit: str) -> str:
     return (_scaled(number, SI_PREFIXES) or f"{number:.3g} ") + unit
 
 
+def rounded(number: float, unit: str) -> str:
+    """As `quantity`, of a number that is an estimate: two digits."""
+    return quantity(float(f"{number:.2g}"), unit)
+
+
 def duration(seconds: float) -> str:
     """The two largest units of a time in seconds: 4 min 11 s, 3 h 12 min, 2 d 5 h; below ten seconds 0.5 s."""
     if seconds < 9.95:

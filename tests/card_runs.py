@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hub_cards.build_card import build_card
 
+PYTHON_BLOCK = r"^```python\n(.*?)^```$"
 # Stands before a card's snippets: a stranger's process has none of our packages.
 STRANGER = "import sys\nfor ours in ('hf_models', 'training', 'hub_cards'):\n    sys.modules[ours] = None\n"
 
@@ -24,17 +25,19 @@ def card_text(folder: Path, run: dict) -> str:
 
 
 def python_snippets(card: str) -> str:
-    return "\n".join(re.findall(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL))
+    return "\n".join(re.findall(PYTHON_BLOCK, card, flags=re.MULTILINE | re.DOTALL))
 
 
 def pictures(card: str) -> list[str]:
     return re.findall(r"!\[.*?\]\((.*?)\)", card) + re.findall(r'<img src="(.*?)"', card)
 
 
-def run_as_stranger(snippets: str, folder: Path) -> str:
-    """What the snippets print, in a process that cannot import our packages and works in `folder`."""
+def run_as_stranger(cards: str, folder: Path) -> str:
+    """What the cards' snippets print, each as if it were alone, in a process that has none of our packages and works in
+    `folder`."""
+    snippets = re.findall(PYTHON_BLOCK, cards, flags=re.MULTILINE | re.DOTALL)
     done = subprocess.run(
-        [sys.executable, "-c", STRANGER + snippets],
+        [sys.executable, "-c", f"{STRANGER}for snippet in {snippets!r}:\n    exec(snippet, {{}})\n"],
         cwd=folder,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")},
         capture_output=True,

@@ -183,7 +183,8 @@ def test_an_unfinished_run_says_so(tmp_path):
 
 
 def test_a_published_model_is_called_by_its_hub_id(tmp_path):
-    card = card_text(tmp_path / "model", full_run() | {"hub_id": "someone/small-llama"})
+    write_run(tmp_path / "model", full_run())
+    card = build_card(tmp_path / "model", hub_id="someone/small-llama").read_text(encoding="utf-8")
     assert "# small-llama\n" in card
     assert 'from_pretrained("someone/small-llama"' in card
 
@@ -208,7 +209,7 @@ def test_snippets_run_where_our_packages_are_not(tmp_path):
     cards = card_text(tmp_path / "model", full_run()) + card_text(tmp_path / "tokenizer", tokenizer_run())
     snippets = python_snippets(cards)
     assert snippets.count("from transformers import") == 3
-    printed = run_as_stranger(snippets, tmp_path)
+    printed = run_as_stranger(cards, tmp_path)
     assert 'The "river"' in printed
     assert "Where do rivers run?" in printed
 

@@ -305,8 +305,8 @@ def test_results_stand_with_their_intervals_and_with_what_was_before(tmp_path):
     card = card_text(tmp_path / "run", without_pictures(grpo_run()))
     for row in (
         "| On held-out problems: reasoning-gym, chain_sum, test (300) | Now | Before |",
-        "| **Strict pass@1** | **80.2%** (75.2% – 85.2%) | 11.2% (6.2% – 16.2%) |",
-        "| Lenient pass@1 | 80.6% (75.6% – 85.6%) | 27.0% (22.0% – 32.0%) |",
+        "| **Strict pass@1** | **80.2%** (75.2%–85.2%) | 11.2% (6.2%–16.2%) |",
+        "| Lenient pass@1 | 80.6% (75.6%–85.6%) | 27.0% (22.0%–32.0%) |",
         "| Tokens a reply | 44.1 | 23.4 |",
         "| reasoning-gym, chain_sum, train (training) | 2,000 | `min_terms` 4, `max_terms` 6 |",
     ):
@@ -356,15 +356,15 @@ def test_the_road_stands_in_its_own_card_and_in_the_final_model_s(tmp_path, undr
     for name in ("r1", "final"):
         card = card_text(tmp_path / name, without_pictures(full_runs()[name]))
         assert rows_of(card, "Base | 11.2") == [
-            ["Base", "11.2 (9.1 – 13.3)", "56.0 (54.2 – 57.8)", "27.0 (24.8 – 29.2)", "71.7 (69.1 – 74.3)",
-             "72.7 (70.1 – 75.3)"]
+            ["Base", "11.2 (9.1–13.3)", "56.0 (54.2–57.8)", "27.0 (24.8–29.2)", "71.7 (69.1–74.3)",
+             "72.7 (70.1–75.3)"]
         ]  # fmt: skip
         # 93.1 ± 1.8 and 95.0 ± 1.8 overlap.
         assert rows_of(card, "SFT | Final")[0][2:] == ["**+8.1**", "+1.9", "**+8.0**", "**+6.8**", "**+6.8**"]
         assert "strict pass@1 changed by **+70.0** points, lenient greedy accuracy by **+13.4**" in card
         assert f"{report['problems']['rows']:,} held-out problems of `reasoning_gym:chain_sum`" in card
         assert "over problems and seeds" in card
-        assert "| SFT | SFT of the base on Zero's verified samples | `runs/r1/sft` | 4 min |" in card
+        assert "| SFT | SFT of the base on Zero's verified samples | `runs/r1/sft` | 4&nbsp;min |" in card
         assert "none of which is in the data of any stage" in card
     leaking = full_runs()["r1"]
     leaking["report"]["problems"]["in_training_data"]["zero_samples"] = 3
@@ -378,9 +378,9 @@ def test_the_road_s_card_is_honest_about_what_it_is_and_what_was_missed(tmp_path
     assert "holds no model of its own.** The final model of the first seed lies in `runs/r1/final`" in card
     assert python_snippets(card) == ""
     assert "| strict pass@1 at least doubles from base to final | 7.2 times | yes |" in card
-    assert "| lenient greedy accuracy rises significantly | +2.0 (−1.0 to +5.0) | **no** |" in card
+    assert "| lenient greedy accuracy rises significantly | +2.0 (−1.0&nbsp;to&nbsp;+5.0) | **no** |" in card
     assert rows_of(card, "R1-Zero | `reasoning_gym")[0][3:] == [
-        "20.0% (17.0 – 23.0)", "85.0% (83.0 – 87.0)", "+65.0 (+60.0 to +70.0)",
+        "20.0% (17.0–23.0)", "85.0% (83.0–87.0)", "+65.0 (+60.0&nbsp;to&nbsp;+70.0)",
     ]  # fmt: skip
     assert "| R1-Zero | 1,500 | 1,390 | 6,000 | 4,207 (70.1%) |" in card
     assert "a fourth problem" not in card
@@ -433,7 +433,7 @@ def test_a_run_on_a_reward_model_alone_speaks_of_prompts(tmp_path):
     run["metrics"] = {"eval_reward_model": 1.25, "eval_reward_model_low": 1.0, "eval_reward_model_high": 1.5}
     card = card_text(tmp_path, run)
     assert "trained by reinforcement learning (GRPO) with a reward model on 50 prompts of Chats" in card
-    assert "| **Score by the reward model** | **1.250** (1.000 – 1.500) |" in card
+    assert "| **Score by the reward model** | **1.250** (1.000–1.500) |" in card
     assert card.count("| Chats, ") == 2
     assert "verif" not in card
     assert "pass@" not in card
@@ -452,7 +452,8 @@ def test_the_loss_that_was_used_is_cited(tmp_path, loss, paper):
 def test_the_snippet_asks_as_the_model_was_asked_in_training(tmp_path):
     text = python_snippets(card_text(tmp_path, without_pictures(grpo_run())))
     assert "apply_chat_template" not in text
-    assert text.count('prompt = "Question: {question}\\nAnswer:".replace("{question}", "State the') == 2
+    assert text.count('prompt = "Question: {question}\\nAnswer:".replace("{question}", question)\n') == 2
+    assert text.count('question = "State the') == 2
     chat = python_snippets(card_text(tmp_path, without_pictures(grpo_run(arguments={}))))
     assert chat.count('"content": "State the final') == 2
     assert "replace" not in chat
@@ -474,4 +475,4 @@ def test_snippets_run_where_our_packages_are_not(tmp_path):
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
         cards += card_text(tmp_path / name, without_pictures(grpo_run(arguments=arguments)))
-    assert run_as_stranger(python_snippets(cards), tmp_path).count("\n") >= 4
+    assert run_as_stranger(cards, tmp_path).count("\n") >= 4

@@ -311,7 +311,7 @@ def test_a_run_claims_the_licence_that_base_and_data_share_and_no_other(tmp_path
     unknown_base["base_run"]["license"] = None
     license, text = terms(tmp_path / "run", unknown_base)
     assert license is None
-    assert "which the run does not know" in text
+    assert "this run does not know it" in text
     unknown_data = copy.deepcopy(shared)
     del unknown_data["data"]["train"]["info"]
     license, text = terms(tmp_path / "run", unknown_data)
@@ -371,10 +371,11 @@ def test_snippets_run_where_our_packages_are_not(tmp_path):
     runs = save_folders(tmp_path, True, tokenizer) | save_folders(tmp_path, False, tokenizer)
     for name, run in runs.items():
         run["arguments"] |= {"output_dir": name}  # the bases, too, are named as seen from there
-    snippets = python_snippets("".join(card_text(tmp_path / name, run) for name, run in runs.items()))
-    assert snippets.count("AutoPeftModelForCausalLM.from_pretrained(") == 4
-    assert snippets.count("AutoPeftModelForSequenceClassification.from_pretrained(") == 2
-    printed = run_as_stranger(snippets, tmp_path)
+    cards = "".join(card_text(tmp_path / name, run) for name, run in runs.items())
+    snippets = python_snippets(cards)
+    assert snippets.count("AutoPeftModelForCausalLM.from_pretrained(") == 8  # to ask, and to merge
+    assert snippets.count("AutoPeftModelForSequenceClassification.from_pretrained(") == 4
+    printed = run_as_stranger(cards, tmp_path)
     scores = re.findall(r"^[+-]\d+\.\d{3} ", printed, flags=re.MULTILINE)
     assert len(scores) == 8  # two answers by each whole model, and by each adapter
     assert (tmp_path / "merged" / "model.safetensors").is_file()

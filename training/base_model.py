@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from hf_models.convnextv2_fcmae import ConvNextV2FcmaeConfig
 from hf_models.convnextv2_fcmae.sizes import SIZES
 from hf_models.stored_weights import read_config_fields
-from hub_cards.build_card import result_license
+from hub_cards.metadata import result_license
 
 # ConvNeXt V2's released weights, in every layout in which they are passed on.
 RELEASED_V2_LICENSE = "CC-BY-NC-4.0"
@@ -19,6 +19,14 @@ def read_run(folder: str) -> dict[str, Any] | None:
     """The `run.json` of a run folder; None for anything else."""
     path = Path(folder) / "run.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def base_entry(path: str, fingerprint: str) -> dict[str, str]:
+    """The entry `model` of a run's data, which says whether `path` is an id of the Hub."""
+    description = {"path": path, "fingerprint": fingerprint}
+    # timm's models are on the Hub under their full names alone: timm/resnet50.a1_in1k, and not timm/resnet50.
+    local = Path(path).exists() or (path.startswith("timm/") and "." not in path)
+    return description if local else description | {"source": "hub"}
 
 
 def base_run_section(path: str) -> dict[str, Any]:

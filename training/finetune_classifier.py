@@ -26,7 +26,7 @@ from hf_models.stored_weights import some
 from hub_cards.build_card import ASSETS
 
 from .adapters import AdapterArguments, add_adapter, save_adapter
-from .base_model import base_license, read_run
+from .base_model import base_entry, base_license, read_run
 from .classification_report import confusion_counts, per_class_table
 from .classifier_inputs import UNREADABLE, AugmentationArguments, ClassifierCollator, HeldOutImages, TrainingItem
 from .classifier_models import (
@@ -363,7 +363,7 @@ def prepare() -> tuple[FinetuneTrainer, str | None] | None:
     if training.warmup_epochs:
         training.warmup_steps = round(training.warmup_epochs * (len(train_images) // examples_per_step(training)))
     if arguments.model not in SIZES and not arguments.from_scratch:
-        data["model"] = {"path": arguments.model, "fingerprint": weights_fingerprint(model)}
+        data["model"] = base_entry(arguments.model, weights_fingerprint(model))
 
     sections = {"model": describe_model(classifier)}
     if arguments.use_peft:

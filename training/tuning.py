@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import clone_chat_template
 
 from .adapters import AdapterArguments, add_adapter, keep_initial_adapter, save_adapter
-from .base_model import base_run_section, read_run
+from .base_model import base_entry, base_run_section, read_run
 from .command_line import parse_arguments
 from .language_models import (
     LanguageModelArguments,
@@ -204,12 +204,6 @@ def _dtype_in_memory(tuning: Tuning, config: PreTrainedConfig) -> torch.dtype:
     return torch.bfloat16 if tuning.quantization.load_in_4bit and stored == torch.float16 else stored
 
 
-def _describe_base(path: str) -> dict[str, str]:
-    """The entry `model` of a run's data."""
-    description = {"path": path, "fingerprint": stored_fingerprint(path)}
-    return description if Path(path).exists() else description | {"source": "hub"}
-
-
 def open_base(
     tuning: Tuning, training: TuningTrainingArguments, auto_class: type = AutoModelForCausalLM, **config_fields: Any
 ) -> tuple[PreTrainedModel, Tokenizer, list[int]]:
@@ -306,7 +300,13 @@ def open_tuned_run(
     Args:
         settings: the fields of `training` that are recorded beside those of every run.
     """
-    opened = open_run(training, task, given, data | {"model": _describe_base(tuning.model.model)}, model)
+    opened = open_run(
+        training,
+        task,
+        given,
+        data | {"model": base_entry(tuning.model.model, stored_fingerprint(tuning.model.model))},
+        model,
+    )
     if opened is None:
         return None
     opened.record.save(
