@@ -1,4 +1,4 @@
-"""The command line of lm-evaluation-harness opens our folder, and gets the results of its native export.
+"""The command line of lm-evaluation-harness opens our folder, and gets the results of its native export."""
 
 import json
 import os
