@@ -7,7 +7,8 @@
 
 The folder is converted to transformers' own Llama, tokenizer included, and five prompts are continued greedily by 32
 tokens in float32, by vLLM there and by `generate` here. Equal have to be the tokens of each prompt, the tokens written,
-and, to 1e-4, their log-probabilities. (`torch` is vLLM's CPU build, which PyTorch's index of CPU wheels has.)
+and, to 1e-4, the log-probabilities of both. A model that writes one token over and over would prove little, and is
+refused. (`torch` is the CPU build that vLLM asks for, which PyTorch's index of CPU wheels has.)
 """
 
 import argparse
@@ -33,6 +34,7 @@ PROMPTS = (
 )
 NEW_TOKENS = 32
 TOLERANCE = 1e-4  # of a log-probability
+FEWEST_TOKENS = 16  # different ones, in the five continuations together
 CONTEXT = 128
 # One process, without compilation and with a small cache.
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"}
@@ -44,14 +46,17 @@ from vllm import LLM, SamplingParams
 
 asked = json.loads(Path("asked.json").read_text())
 model = LLM(model="native", dtype="float32", enforce_eager=True, max_model_len=asked["context"], max_num_seqs=4)
-sampling = SamplingParams(temperature=0, max_tokens=asked["new_tokens"], ignore_eos=True, logprobs=0)
+sampling = SamplingParams(temperature=0, max_tokens=asked["new_tokens"], ignore_eos=True, logprobs=0,
+                          prompt_logprobs=0)
 answers = []
 for request in model.generate(asked["prompts"], sampling):
     written = request.outputs[0]
+    tokens = [*request.prompt_token_ids, *written.token_ids]
+    by_position = [*request.prompt_logprobs, *written.logprobs]  # None for the first
     answers.append({
         "prompt_ids": list(request.prompt_token_ids),
         "token_ids": list(written.token_ids),
-        "log_probabilities": [at[token].logprob for at, token in zip(written.logprobs, written.token_ids)],
+        "log_probabilities": [at[token].logprob for at, token in zip(by_position[1:], tokens[1:])],
     })
 versions = {name: version(name) for name in ("vllm-cpu", "torch", "transformers")}
 Path("answers.json").write_text(json.dumps({"libraries": versions, "answers": answers}))
@@ -59,7 +64,10 @@ Path("answers.json").write_text(json.dumps({"libraries": versions, "answers": an
 
 
 def written_by_vllm(folder: Path, python: Path) -> dict:
-    """What vLLM makes of `folder / "native"`: its libraries, and an answer to each prompt."""
+    """What vLLM makes of `folder / "native"`: its libraries, and an answer to each prompt.
+
+    An answer has the `prompt_ids`, the `token_ids` written, and the log-probability of each of both but the first.
+    """
     asked = {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "context": CONTEXT}
     (folder / "asked.json").write_text(json.dumps(asked))
     done = subprocess.run(
@@ -78,8 +86,7 @@ def written_here(source: Path) -> list[dict]:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         whole = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
         written = whole[0, ids.shape[1] :]
-        logits = model(whole).logits[0, ids.shape[1] - 1 : -1]
-        chosen = logits.double().log_softmax(-1).gather(1, written[:, None])[:, 0]
+        chosen = model(whole).logits[0, :-1].double().log_softmax(-1).gather(1, whole[0, 1:, None])[:, 0]
         answers.append(
             {
                 "prompt_ids": ids[0].tolist(),
@@ -112,17 +119,23 @@ def main() -> None:
     if not arguments.vllm_python.is_file():
         parser.error(f"there is no {arguments.vllm_python}: the commands at the head of this text make it (--help)")
 
+    ours = written_here(arguments.model)
+    different = len({token for answer in ours for token in answer["token_ids"]})
+    if different < FEWEST_TOKENS:
+        raise SystemExit(
+            f"error: the five continuations hold {different} different tokens, and {FEWEST_TOKENS} are the fewest to "
+            "prove anything: give a model that is trained further"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         convert(arguments.model, Path(scratch) / "native", "transformers")
         theirs = written_by_vllm(Path(scratch), arguments.vllm_python.absolute())
-    answers = zip(PROMPTS, written_here(arguments.model), theirs["answers"], strict=True)
-    prompts = [compared(*answer) for answer in answers]
+    prompts = [compared(*answer) for answer in zip(PROMPTS, ours, theirs["answers"], strict=True)]
     measure.print_table(
         f"{NEW_TOKENS} greedy tokens of vLLM {theirs['libraries']['vllm-cpu']} and of hf_models, float32",
         ["prompt", "same prompt tokens", "same tokens", "largest difference of log-probabilities"],
         [[row["prompt"], *map(str, list(row.values())[2:4]), f"{list(row.values())[4]:.1e}"] for row in prompts],
     )
-    results = {"vllm": theirs["libraries"], "new_tokens": NEW_TOKENS, "prompts": prompts}
+    results = {"model": arguments.model.name, "vllm": theirs["libraries"], "new_tokens": NEW_TOKENS, "prompts": prompts}
     measure.save("vllm_agreement", results)
     for row in prompts:
         agree = row["same_prompt_tokens"] and row["same_tokens"]
