@@ -5,6 +5,8 @@
     python -m hf_models.convert SRC DST --to timm              # a ConvNeXt for timm.create_model("local-dir:DST")
     python -m hf_models.convert SRC DST.pt --to official       # a ConvNeXt as the paper's repository reads it
     python -m hf_models.convert SRC DST.pth --to official_sparse   # an FCMAE as its pretraining code saves it
+    python -m hf_models.convert SRC DST --to onnx              # a ConvNeXt for ONNX Runtime: there is no way back
+    python -m hf_models.convert SRC DST.pt2 --to torch_export  # for torch.export.load: there is no way back
 
 SRC's kind is read from its `config.json`, or from the names in it where it is a single file. Tokenizer, generation and
 image preprocessing files come along; a single file has none of them. DST appears whole or not at all.
@@ -36,7 +38,11 @@ COMPANIONS = (
     "tokenizer_config.json",
     "vocab.json",
 )
-LAYOUTS = tuple(dict.fromkeys((*llama_style.ARCHITECTURES, *convnextv2_fcmae.LAYOUTS)))
+LAYOUTS = tuple(
+    dict.fromkeys(layout for family in (llama_style, convnextv2_fcmae) for layout in (*family.LAYOUTS, *family.EXPORTS))
+)
+# Of files that hold a graph to run, from which no model is made again.
+GRAPH_SUFFIXES = (".onnx", ".pt2")
 
 
 def convert(source: Path, destination: Path, layout: str) -> None:
@@ -48,6 +54,9 @@ def convert(source: Path, destination: Path, layout: str) -> None:
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists and is not an empty folder: name another one.")
     family = _family(source)
+    if layout not in (known := (*family.LAYOUTS, *family.EXPORTS)):
+        kind = "language model" if family is llama_style else "ConvNeXt"
+        raise ValueError(f"{source} is a {kind}, which has no layout {layout!r}: choose one of {', '.join(known)}.")
     model = family.load_checkpoint(source)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{destination.name}.", dir=destination.parent) as scratch:
@@ -67,6 +76,10 @@ def _family(source: Path) -> ModuleType:
     """The `checkpoints` of the family that `source` is of."""
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a local model folder or a weights file.")
+    held = [source] if source.is_file() else [*source.iterdir()]
+    graphs = [file for file in held if file.suffix in GRAPH_SUFFIXES]
+    if graphs and not any(file.suffix == ".safetensors" for file in held):
+        raise ValueError(f"{graphs[0]} is a graph to run, and no model can be made of it: give what it was made from.")
     if source.is_file():
         return convnextv2_fcmae
     file = source / "config.json"
@@ -96,11 +109,13 @@ def main() -> None:
     )
     parser.add_argument("source", metavar="SRC", type=Path, help="folder with config.json and safetensors, or one file")
     parser.add_argument("destination", metavar="DST", type=Path, help="folder to write (new, or empty), or file (new)")
-    parser.add_argument("--to", required=True, choices=LAYOUTS, help="layout to write")
+    parser.add_argument(
+        "--to", required=True, choices=LAYOUTS, help="layout to write; onnx and torch_export cannot be SRC again"
+    )
     arguments = parser.parse_args()
     try:
         convert(arguments.source, arguments.destination, arguments.to)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -278,7 +278,7 @@ def test_any_length_of_a_header(tmp_path):
         ("backbone", {}, "official", "no norms of feature maps"),
         ("classifier", {}, "official_sparse", "holds a V2 pretraining model only"),
         ("pretraining", V1, "official_sparse", "holds a V2 pretraining model only"),
-        ("classifier", {}, "onnx", "No layout 'onnx': choose one of hf_models, transformers, timm, official"),
+        ("classifier", {}, "keras", "No layout 'keras': choose one of hf_models, transformers, timm, official"),
     ],
 )
 def test_saving_what_a_layout_cannot_hold(tmp_path, task, fields, layout, message):

@@ -7,12 +7,10 @@ import sys
 import pytest
 import timm
 import torch
-from convnextv2_states import assert_close, assert_same_tensors, ours, pixels, target
+from convnextv2_states import V1, assert_close, assert_same_tensors, ours, pixels, target
 from folder_edits import rewrite_config
 from PIL import Image
-from transformers import (
-    AutoImageProcessor,
-)
+from transformers import AutoImageProcessor
 
 from hf_models.convert import convert, main
 from hf_models.convnextv2_fcmae.checkpoints import load_checkpoint
@@ -102,27 +100,42 @@ def test_a_failure_leaves_nothing(source, tmp_path):
 
 
 def test_exports_open_where_our_package_is_not(source, tmp_path):
-    for layout in ("transformers", "timm"):
-        convert(source, tmp_path / layout, layout)
+    """V2 and V1 in transformers by the Auto classes and by a pipeline, and in timm."""
+    v1 = tmp_path / "source_v1"
+    ours(**V1, image_size=32).save_pretrained(v1)
+    (v1 / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    sources = {"v2": source, "v1": v1}
+    for name, folder in sources.items():
+        for layout in ("transformers", "timm"):
+            convert(folder, tmp_path / f"{layout}_{name}", layout)
     images = pixels()
     torch.save(images, tmp_path / "images.pt")
+    photo = Image.fromarray((torch.rand(45, 60, 3) * 255).byte().numpy())
+    photo.save(tmp_path / "photo.png")
     script = """
 import sys
 sys.modules["hf_models"] = None  # as if it were not installed
 import timm, torch
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, pipeline
 images = torch.load("images.pt")
-with torch.no_grad():
-    native = AutoModelForImageClassification.from_pretrained("transformers")(images).logits
-    other = timm.create_model("local-dir:timm", pretrained=True).eval()(images)
-torch.save([native, other], "logits.pt")
+for name in ("v2", "v1"):
+    with torch.no_grad():
+        native = AutoModelForImageClassification.from_pretrained(f"transformers_{name}")(images).logits
+        other = timm.create_model(f"local-dir:timm_{name}", pretrained=True).eval()(images)
+    answers = pipeline("image-classification", f"transformers_{name}")("photo.png", top_k=5)
+    torch.save([native, other, {answer["label"]: answer["score"] for answer in answers}], f"{name}.pt")
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    with torch.no_grad():
-        expected = load_checkpoint(source)(images).logits
-    for logits in torch.load(tmp_path / "logits.pt"):
-        assert_close(logits, expected)
+    for name, folder in sources.items():
+        model, (native, other, scores) = load_checkpoint(folder), torch.load(tmp_path / f"{name}.pt")
+        processed = AutoImageProcessor.from_pretrained(folder)(photo, return_tensors="pt").pixel_values
+        with torch.no_grad():
+            expected = model(images).logits
+            [probabilities] = model(processed).logits.softmax(-1)
+        assert_close(native, expected)
+        assert_close(other, expected)
+        assert_close(torch.tensor([scores[label] for label in model.config.id2label.values()]), probabilities)
 
 
 def test_command_line(source, tmp_path, monkeypatch, capsys):

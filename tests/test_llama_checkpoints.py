@@ -9,6 +9,7 @@ import torch
 from folder_edits import rewrite_config, rewrite_weights
 from llama_pair import TINY
 from safetensors.torch import load_file
+from tiny_chat_model import new_tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from hf_models import LlamaStyleConfig, LlamaStyleForCausalLM, LlamaStyleForSequenceClassification
@@ -237,7 +238,7 @@ class TestRefusals:
             save_checkpoint(classifier, tmp_path, "transformers")
 
     def test_saving_in_an_unknown_layout(self, tmp_path):
-        with pytest.raises(ValueError, match="No layout 'onnx': choose one of hf_models, transformers"):
+        with pytest.raises(ValueError, match="No layout 'onnx': choose one of hf_models, transformers, torch_export"):
             save_checkpoint(ours(), tmp_path, "onnx")
 
 
@@ -259,6 +260,31 @@ class TestConvert:
         assert not list((tmp_path / "native").glob("*.py"))
         opened = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
         assert_same_model(AutoModelForCausalLM.from_pretrained(source), opened)
+
+    def test_without_our_package_the_native_folder_writes_the_same(self, tmp_path):
+        tokenizer = tiny_tokenizer()
+        model = new_tiny_model(tokenizer)
+        torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.3)  # far from uniform
+        model.save_pretrained(tmp_path / "ours")
+        tokenizer.save_pretrained(tmp_path / "ours")
+        convert(tmp_path / "ours", tmp_path / "native", "transformers")
+        script = """
+import json, sys
+sys.modules["hf_models"] = None  # as if it were not installed
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (auto.from_pretrained("native") for auto in (AutoModelForCausalLM, AutoTokenizer))
+prompts = [tokenizer(text, return_tensors="pt") for text in json.loads(sys.argv[1])]
+written = [model.generate(**ids, do_sample=False, max_new_tokens=30)[0] for ids in prompts]
+print(json.dumps([ids.tolist() for ids in written]))
+"""
+        texts = ["A river is", "Where does it begin?", "And a lake?"]
+        command = [sys.executable, "-c", script, json.dumps(texts)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        prompts = [tokenizer(text, return_tensors="pt") for text in texts]
+        expected = [model.generate(**ids, do_sample=False, max_new_tokens=30)[0].tolist() for ids in prompts]
+        assert json.loads(done.stdout) == expected
+        assert len({tuple(ids[-5:]) for ids in expected}) > 1
 
     def test_a_failure_leaves_nothing(self, source, tmp_path):
         rewrite_config(source, num_hidden_layers=3)

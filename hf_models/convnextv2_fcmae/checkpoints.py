@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import ConvNextConfig, ConvNextV2Config
 from transformers.utils import logging
 
+from ..exported_program import ImageGraph, save_exported_program
 from ..stored_weights import (
     KIND_FIELDS,
     StoredParameter,
@@ -37,9 +38,11 @@ from .modeling_convnextv2_fcmae import (
     ConvNextV2FcmaeModel,
     ConvNextV2FcmaePreTrainedModel,
 )
+from .onnx_file import write_onnx
 from .timm_folder import read_timm_config, refuse_where_timm_differs, write_timm_config
 
 LAYOUTS = ("hf_models", "transformers", "timm", "official", "official_sparse")
+EXPORTS = ("onnx", "torch_export")  # written only
 LAYOUT_OF_MODEL_TYPE = {"convnextv2_fcmae": "hf_models", "convnextv2": "transformers", "convnext": "transformers"}
 FILE_SUFFIXES = (".pt", ".pth")
 
@@ -65,6 +68,8 @@ _OUR_FIELDS = (
     "use_grn",
 )
 _DERIVED_FIELDS = ("num_stages", "stage_names")
+# The final norm, which masked pretraining does not have.
+_NEW_NORM = {"layernorm.weight": torch.ones, "layernorm.bias": torch.zeros}
 
 logger = logging.get_logger(__name__)
 
@@ -127,7 +132,7 @@ def load_checkpoint(path: str | Path, layout: str = "auto") -> ConvNextV2FcmaePr
         model = _CLASSES[task](config)
     new = {}
     if task == "Model" and not headers.keys() & {"layernorm.weight", "layernorm.bias"}:
-        new = {"layernorm.weight": torch.ones, "layernorm.bias": torch.zeros}
+        new = _NEW_NORM
     _check(path, source, model, names, headers, new)
 
     dtype = common_dtype(path, {names[ours]: header.dtype for ours, header in headers.items()})
@@ -149,26 +154,29 @@ def load_checkpoint(path: str | Path, layout: str = "auto") -> ConvNextV2FcmaePr
 
 
 def save_checkpoint(model: ConvNextV2FcmaePreTrainedModel, path: str | Path, layout: str) -> None:
-    """Writes `model` in its own dtype: to the folder `path`, or, in the official layouts, to the file `path`.
+    """Writes `model` in its own dtype: to the folder `path`, or, as one file, to `path`.
 
     Args:
         layout: "hf_models" writes what `save_pretrained` does, our code beside the weights; "transformers" a native
             ConvNextV2 folder, or ConvNext where the model has no GRN; "timm" a folder for
             `timm.create_model("local-dir:PATH", pretrained=True)`; "official" the dense `.pt` of the paper's
-            repository, with FCMAE's decoder under its own names; "official_sparse" the `.pth` of its pretraining code.
+            repository, with FCMAE's decoder under its own names; "official_sparse" the `.pth` of its pretraining code;
+            "onnx" a folder with `model.onnx` and the config of "transformers"; "torch_export" a `.pt2` file. The last
+            two are graphs to run: `load_checkpoint` does not open them.
 
-    transformers and timm have no decoder: of a pretraining model they get the encoder, and a warning names what is left
-    out. Official files hold weights only, so labels and other fields of the config stay behind.
+    Only ours and the official layouts have a decoder: of a pretraining model the others get the encoder, and a warning
+    names what is left out. Official files hold weights only, so labels and other fields of the config stay behind.
 
-    Raises ValueError for an unknown layout, and for a model that the layout cannot hold.
+    Raises ValueError for an unknown layout, for a model that the layout cannot hold, and for a graph that computes
+    something else than the model; ImportError without the packages that ONNX needs.
     """
     path = Path(path)
     # By name: a model opened as remote code is of a class of its own.
     name = type(model).__name__
     if not name.startswith("ConvNextV2Fcmae") or name not in _TASK_OF_ARCHITECTURE:
         raise ValueError(f"Only a ConvNeXt of ours can be saved, and this is a {name}.")
-    if layout not in LAYOUTS:
-        raise ValueError(f"No layout {layout!r}: choose one of {', '.join(LAYOUTS)}.")
+    if layout not in (*LAYOUTS, *EXPORTS):
+        raise ValueError(f"No layout {layout!r}: choose one of {', '.join((*LAYOUTS, *EXPORTS))}.")
     config, task = model.config, _TASK_OF_ARCHITECTURE[name]
     with torch.device("meta"):
         described = _CLASSES[task](config).state_dict()
@@ -180,16 +188,21 @@ def save_checkpoint(model: ConvNextV2FcmaePreTrainedModel, path: str | Path, lay
         model.save_pretrained(path)
         return
 
+    if layout == "torch_export":
+        save_exported_program(ImageGraph(_dense(model, task, layout)), path)
+        return
+
     if config.use_grn and config.layer_scale_init_value > 0 and layout != "timm":
         raise ValueError(
             f"The model has both GRN and LayerScale, which the layout {layout!r} has not: save it as timm or hf_models."
         )
+    if layout == "onnx":
+        write_onnx(_dense(model, task, layout), path)
+        _native_config(config, task, torch.float32).save_pretrained(path)
+        return
     state = {name.removeprefix(_PREFIX): tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if layout in ("transformers", "timm"):
-        left_out = [name for name in state if name.startswith("decoder.")]
-        state = {name: tensor for name, tensor in state.items() if name not in left_out}
-        if left_out:
-            logger.warning(f"The layout {layout!r} has no decoder: left out are {some(left_out)}.")
+        state = _without_decoder(state, layout)
     if layout == "transformers":
         _save_as_native(config, task, state, path)
         return
@@ -206,8 +219,28 @@ def save_checkpoint(model: ConvNextV2FcmaePreTrainedModel, path: str | Path, lay
         _save_as_official(config, task, state, path, layout)
 
 
-def _save_as_native(config: ConvNextV2FcmaeConfig, task: str, state: dict[str, Tensor], path: Path) -> None:
-    family = "ConvNextV2" if config.use_grn else "ConvNext"
+def _without_decoder(state: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """What a layout that has no decoder gets of the `state`."""
+    left_out = [name for name in state if name.startswith("decoder.")]
+    if left_out:
+        logger.warning(f"The layout {layout!r} has no decoder: left out are {some(left_out)}.")
+    return {name: tensor for name, tensor in state.items() if name not in left_out}
+
+
+def _dense(model: ConvNextV2FcmaePreTrainedModel, task: str, layout: str) -> ConvNextV2FcmaePreTrainedModel:
+    """What a graph is traced of: the same model in eval mode, or of a pretraining one the encoder, its norm new."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if task == "ForPreTraining":
+        task, state = "Model", {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
+        state = _without_decoder(state, layout)
+        state |= {name: new(model.config.hidden_sizes[-1], dtype=model.dtype) for name, new in _NEW_NORM.items()}
+    with torch.device("meta"):
+        dense = _CLASSES[task](model.config)
+    dense.load_state_dict(state, assign=True)
+    return dense
+
+
+def _native_config(config: ConvNextV2FcmaeConfig, task: str, dtype: torch.dtype) -> ConvNextV2Config | ConvNextConfig:
     fields = {
         name: value
         for name, value in config.to_dict().items()
@@ -218,11 +251,16 @@ def _save_as_native(config: ConvNextV2FcmaeConfig, task: str, state: dict[str, T
         native = ConvNextV2Config(**fields)
     else:
         native = ConvNextConfig(**fields, layer_scale_init_value=config.layer_scale_init_value)
-    task = "Model" if task == "ForPreTraining" else task
-    native.architectures = [f"{family}{task}"]
-    native.dtype = next(iter(state.values())).dtype
+    family = "ConvNextV2" if config.use_grn else "ConvNext"
+    native.architectures = [f"{family}{'Model' if task == 'ForPreTraining' else task}"]
+    native.dtype = dtype
+    return native
+
+
+def _save_as_native(config: ConvNextV2FcmaeConfig, task: str, state: dict[str, Tensor], path: Path) -> None:
+    native = _native_config(config, task, next(iter(state.values())).dtype)
     native.save_pretrained(path)
-    prefix = f"{family.lower()}." if task == "ForImageClassification" else ""
+    prefix = f"{native.model_type}." if task == "ForImageClassification" else ""
     _write_safetensors(
         path, {name if name.startswith("classifier.") else prefix + name: tensor for name, tensor in state.items()}
     )

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ..exported_program import TokenGraph, save_exported_program
 from ..stored_weights import (
     KIND_FIELDS,
     StoredParameter,
@@ -25,6 +26,8 @@ from .modeling_llama_style import LlamaStyleForCausalLM
 
 LAYOUT_OF_MODEL_TYPE = {"llama_style": "hf_models", "llama": "transformers"}
 ARCHITECTURES = {"hf_models": "LlamaStyleForCausalLM", "transformers": "LlamaForCausalLM"}
+LAYOUTS = tuple(ARCHITECTURES)
+EXPORTS = ("torch_export",)  # written only
 
 
 def load_checkpoint(path: str | Path, layout: str = "auto") -> LlamaStyleForCausalLM:
@@ -50,10 +53,12 @@ def save_checkpoint(model: LlamaStyleForCausalLM, path: str | Path, layout: str)
 
     Args:
         layout: "hf_models" writes what `save_pretrained` does, our code beside the weights; "transformers" writes a
-            native Llama folder, which needs no code of ours.
+            native Llama folder, which needs no code of ours; "torch_export" a `.pt2` file, `path`, with the graph
+            alone: no config, and `load_checkpoint` does not open it.
 
-    Raises ValueError for an unknown layout, for a model without a language-model head or with quantised weights, and
-    for a sliding window, which native Llama does not have.
+    Raises ValueError for an unknown layout, for a model without a language-model head or with quantised weights, for
+    a sliding window, which native Llama does not have, and for a graph that cannot be traced or computes something
+    else than the model.
     """
     # By name: a model opened as remote code is of a class of its own.
     if type(model).__name__ != ARCHITECTURES["hf_models"]:
@@ -66,8 +71,14 @@ def save_checkpoint(model: LlamaStyleForCausalLM, path: str | Path, layout: str)
         model.save_pretrained(path)
     elif layout == "transformers":
         _as_native(model).save_pretrained(path)
+    elif layout == "torch_export":
+        training = model.training
+        try:
+            save_exported_program(TokenGraph(model), Path(path))
+        finally:
+            model.train(training)
     else:
-        raise ValueError(f"No layout {layout!r}: choose one of {', '.join(ARCHITECTURES)}.")
+        raise ValueError(f"No layout {layout!r}: choose one of {', '.join((*LAYOUTS, *EXPORTS))}.")
 
 
 def _as_native(model: LlamaStyleForCausalLM) -> LlamaForCausalLM:
