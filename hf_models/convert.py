@@ -2,12 +2,14 @@
 
     python -m hf_models.convert SRC DST --to transformers      # ours, timm, official -> native: no trust_remote_code
     python -m hf_models.convert SRC DST --to hf_models         # any -> ours: with the code beside the weights
+    python -m hf_models.convert SRC DST.gguf --to gguf         # a language model for llama.cpp
     python -m hf_models.convert SRC DST --to timm              # a ConvNeXt for timm.create_model("local-dir:DST")
     python -m hf_models.convert SRC DST.pt --to official       # a ConvNeXt as the paper's repository reads it
     python -m hf_models.convert SRC DST.pth --to official_sparse   # an FCMAE as its pretraining code saves it
 
 SRC's kind is read from its `config.json`, or from the names in it where it is a single file. Tokenizer, generation and
-image preprocessing files come along; a single file has none of them. DST appears whole or not at all.
+image preprocessing files come along; of the single files only GGUF holds a tokenizer, which is written into it but not
+read back. DST appears whole or not at all.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from .convnextv2_fcmae import checkpoints as convnextv2_fcmae
 from .convnextv2_fcmae.timm_folder import carry_preprocessing
@@ -36,24 +39,33 @@ COMPANIONS = (
     "tokenizer_config.json",
     "vocab.json",
 )
-LAYOUTS = tuple(dict.fromkeys((*llama_style.ARCHITECTURES, *convnextv2_fcmae.LAYOUTS)))
+LAYOUTS = tuple(dict.fromkeys((*llama_style.LAYOUTS, *convnextv2_fcmae.LAYOUTS)))
+OUTTYPES = ("f32", "f16", "q8_0")
 
 
-def convert(source: Path, destination: Path, layout: str) -> None:
+def convert(source: Path, destination: Path, layout: str, outtype: str | None = None) -> None:
     """Writes the model `source`, a folder or a weights file, to `destination` in `layout`.
 
-    Raises FileExistsError where `destination` holds something, and what `load_checkpoint` and `save_checkpoint` raise.
+    `outtype` is what the matrices become in a GGUF file. Raises FileExistsError where `destination` holds something,
+    and what `load_checkpoint` and `save_checkpoint` raise.
     """
     destination = destination.resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"{destination} exists and is not an empty folder: name another one.")
     family = _family(source)
+    if layout not in family.LAYOUTS:
+        raise ValueError(f"{source} cannot be written as {layout}: choose one of {', '.join(family.LAYOUTS)}.")
+    options = {}
+    if layout == "gguf":
+        options = {"outtype": outtype, "metadata": _gguf_metadata(source)}
     model = family.load_checkpoint(source)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{destination.name}.", dir=destination.parent) as scratch:
         # Inside, it has the permissions of a file of the user's, which `scratch` has not.
         whole = Path(scratch) / destination.name
-        family.save_checkpoint(model, whole, layout)
+        family.save_checkpoint(model, whole, layout, **options)
+        if source.suffix == ".gguf":
+            print(f"note: the tokenizer in {source} stays there: copy the one of the original folder.", file=sys.stderr)
         if whole.is_dir():
             _carry_companions(source, whole)
             if family is convnextv2_fcmae and (note := carry_preprocessing(source, whole)):
@@ -68,7 +80,7 @@ def _family(source: Path) -> ModuleType:
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a local model folder or a weights file.")
     if source.is_file():
-        return convnextv2_fcmae
+        return llama_style if source.suffix == ".gguf" else convnextv2_fcmae
     file = source / "config.json"
     fields = read_config_fields(file)
     for family in (llama_style, convnextv2_fcmae):
@@ -80,6 +92,12 @@ def _family(source: Path) -> ModuleType:
     raise ValueError(
         f"{file} has model_type {fields.get('model_type')!r}; known are {known}, and timm's ConvNeXts by architecture."
     )
+
+
+def _gguf_metadata(source: Path) -> dict[str, Any]:
+    if source.is_file():
+        raise ValueError(f"{source} is GGUF already: convert the folder that it was made of, which has the tokenizer.")
+    return llama_style.gguf_module("gguf_file").folder_metadata(source)
 
 
 def _carry_companions(source: Path, whole: Path) -> None:
@@ -97,10 +115,15 @@ def main() -> None:
     parser.add_argument("source", metavar="SRC", type=Path, help="folder with config.json and safetensors, or one file")
     parser.add_argument("destination", metavar="DST", type=Path, help="folder to write (new, or empty), or file (new)")
     parser.add_argument("--to", required=True, choices=LAYOUTS, help="layout to write")
+    parser.add_argument(
+        "--outtype", choices=OUTTYPES, help="of gguf: what the matrices become (default: f32 if they are, else f16)"
+    )
     arguments = parser.parse_args()
+    if arguments.outtype and arguments.to != "gguf":
+        parser.error("--outtype is of --to gguf only: the other layouts keep the dtype")
     try:
-        convert(arguments.source, arguments.destination, arguments.to)
-    except (OSError, ValueError) as error:
+        convert(arguments.source, arguments.destination, arguments.to, arguments.outtype)
+    except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
