@@ -34,7 +34,7 @@ test-slow: $(INSTALLED)
 # What `tests/test_llama_cpp.py` needs: a build for any processor, without the parts for images; about 12 minutes.
 llama-cpp: $(INSTALLED)
 	CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" \
-		$(BIN)/pip install --disable-pip-version-check llama-cpp-python
+		$(BIN)/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt llama-cpp-python
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -57,7 +57,7 @@ def convert(source: Path, destination: Path, layout: str, outtype: str | None = 
         raise ValueError(f"{source} cannot be written as {layout}: choose one of {', '.join(family.LAYOUTS)}.")
     options = {}
     if layout == "gguf":
-        options = {"outtype": outtype, "metadata": _gguf_metadata(source)}
+        options = {"outtype": outtype, "metadata": _gguf_metadata(source, destination)}
     model = family.load_checkpoint(source)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{destination.name}.", dir=destination.parent) as scratch:
@@ -94,10 +94,13 @@ def _family(source: Path) -> ModuleType:
     )
 
 
-def _gguf_metadata(source: Path) -> dict[str, Any]:
+def _gguf_metadata(source: Path, destination: Path) -> dict[str, Any]:
+    """The tokenizer and the like, refused where they cannot be written before any weight is read."""
     if source.is_file():
         raise ValueError(f"{source} is GGUF already: convert the folder that it was made of, which has the tokenizer.")
-    return llama_style.gguf_module("gguf_file").folder_metadata(source)
+    gguf_file = llama_style.gguf_module("gguf_file")
+    gguf_file.refuse_other_suffixes(destination)
+    return gguf_file.folder_metadata(source)
 
 
 def _carry_companions(source: Path, whole: Path) -> None:

@@ -90,6 +90,17 @@ def test_round_trip_to_the_bit(tmp_path, fields):
         assert torch.equal(model(input_ids).logits, back(input_ids).logits)
 
 
+@pytest.mark.parametrize("name", ["plain", "tied"])
+def test_transformers_own_reader_computes_the_same(tmp_path, name):
+    """It knows nothing but plain models, and turns the rows of the projections back by code of its own."""
+    model = tiny_model(**MODELS[name])
+    save_checkpoint(model, tmp_path / "model.gguf", "gguf")
+    reference = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf").eval()
+    input_ids = torch.randint(TINY["vocab_size"], (2, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids).logits, reference(input_ids).logits, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("fields", [{}, {"tie_word_embeddings": True}])
 def test_half_precision_round_trips_to_the_bit(tmp_path, fields):
     model = tiny_model(torch.float16, **fields)

@@ -79,6 +79,11 @@ def folder_metadata(folder: Path) -> dict[str, Any]:
     return metadata
 
 
+def refuse_other_suffixes(path: Path) -> None:
+    if path.suffix != ".gguf":
+        raise ValueError(f"The layout 'gguf' is one file: name it {path.name}.gguf rather than {path.name}.")
+
+
 def write_gguf(
     model: LlamaStyleForCausalLM, path: str | Path, outtype: str | None = None, metadata: dict[str, Any] | None = None
 ) -> None:
@@ -95,8 +100,7 @@ def write_gguf(
     writing, for numbers that half precision cannot hold.
     """
     path = Path(path)
-    if path.suffix != ".gguf":
-        raise ValueError(f"The layout 'gguf' is one file: name it {path.name}.gguf rather than {path.name}.")
+    refuse_other_suffixes(path)
     if outtype is None:
         outtype = "f32" if model.dtype == torch.float32 else "f16"
     kind, file_type = OUTTYPES[outtype]
