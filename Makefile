@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .PHONY: quickstart quickstart-language quickstart-chat quickstart-reasoning quickstart-vision demo-vision demo-r1 \
-	demo-r1-report test test-slow lint format clean
+	demo-r1-report test test-slow llama-cpp lint format clean
 
 quickstart: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m training.quickstart
@@ -31,6 +31,11 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+# What `tests/test_llama_cpp.py` needs: a build for any processor, without the parts for images; about 12 minutes.
+llama-cpp: $(INSTALLED)
+	CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" \
+		$(BIN)/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt llama-cpp-python
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,11 +1,14 @@
-"""Checkpoints of the LLaMA-style decoder, in our layout and in transformers' native Llama.
+"""Checkpoints of the LLaMA-style decoder, in our layout, in transformers' native Llama and as GGUF.
 
-Both layouts are a folder with `config.json` and safetensors, and name their parameters alike: a conversion rewrites the
-config. What is checked here, before any weight is read, is that the file holds exactly the model that its config
-describes; transformers would fill what is missing with random numbers and go on.
+The first two are a folder with `config.json` and safetensors, and name their parameters alike: a conversion rewrites
+the config. GGUF is one file (`gguf_file`). What is checked here, before any weight is read, is that the file holds
+exactly the model that its config describes; transformers would fill what is missing with random numbers and go on.
 """
 
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -26,21 +29,25 @@ from .modeling_llama_style import LlamaStyleForCausalLM
 
 LAYOUT_OF_MODEL_TYPE = {"llama_style": "hf_models", "llama": "transformers"}
 ARCHITECTURES = {"hf_models": "LlamaStyleForCausalLM", "transformers": "LlamaForCausalLM"}
-LAYOUTS = tuple(ARCHITECTURES)
+LAYOUTS = (*ARCHITECTURES, "gguf")
 EXPORTS = ("torch_export",)  # written only
 
 
 def load_checkpoint(path: str | Path, layout: str = "auto") -> LlamaStyleForCausalLM:
-    """Opens a folder with a causal language model, the weights bit for bit and in the files' dtype.
+    """Opens a causal language model, the weights bit for bit and in the files' dtype.
 
     Args:
-        path: a local folder with `config.json` and `model.safetensors`, or shards and their index.
-        layout: "hf_models" (ours), "transformers" (native Llama), or "auto": what `config.json` says.
+        path: a local folder with `config.json` and `model.safetensors`, or shards and their index; or a `.gguf` file,
+            of which 8-bit weights become float32.
+        layout: "hf_models" (ours), "transformers" (native Llama), "gguf", or "auto": what the suffix or `config.json`
+            says.
 
     Raises FileNotFoundError or ValueError, in one sentence: no config or safetensors there, another kind of model, a
     quantised one, an unreadable file, missing or unexpected parameters (by name), shapes that differ from the config's.
     """
     path = Path(path)
+    if path.suffix == ".gguf" and layout in ("auto", "gguf") and not path.is_dir():
+        return gguf_module("gguf_reading").read_gguf(path)
     config = _read_config(path, layout)
     stored = parameters_of_folder(path)
     _check_parameters(path, config, stored)
@@ -48,17 +55,25 @@ def load_checkpoint(path: str | Path, layout: str = "auto") -> LlamaStyleForCaus
     return LlamaStyleForCausalLM.from_pretrained(path, config=config, dtype=dtype)
 
 
-def save_checkpoint(model: LlamaStyleForCausalLM, path: str | Path, layout: str) -> None:
-    """Writes `model` to the folder `path`, in its own dtype, with its generation config.
+def save_checkpoint(
+    model: LlamaStyleForCausalLM,
+    path: str | Path,
+    layout: str,
+    outtype: str | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> None:
+    """Writes `model` to the folder `path`, in its own dtype, with its generation config; as GGUF, to the file `path`.
 
     Args:
         layout: "hf_models" writes what `save_pretrained` does, our code beside the weights; "transformers" writes a
-            native Llama folder, which needs no code of ours; "torch_export" a `.pt2` file, `path`, with the graph
-            alone: no config, and `load_checkpoint` does not open it.
+            native Llama folder, which needs no code of ours; "gguf" writes a file for llama.cpp; "torch_export" a
+            `.pt2` file with the graph alone: no config, and `load_checkpoint` does not open it.
+        outtype: of GGUF, what the matrices become: "f32", "f16" or "q8_0"; see `gguf_file.write_gguf`.
+        metadata: of GGUF, the tokenizer and what else to say, from `gguf_file.folder_metadata`.
 
     Raises ValueError for an unknown layout, for a model without a language-model head or with quantised weights, for
-    a sliding window, which native Llama does not have, and for a graph that cannot be traced or computes something
-    else than the model.
+    a sliding window, which native Llama and llama.cpp's do not have, and for a graph that cannot be traced or computes
+    something else than the model.
     """
     # By name: a model opened as remote code is of a class of its own.
     if type(model).__name__ != ARCHITECTURES["hf_models"]:
@@ -71,6 +86,8 @@ def save_checkpoint(model: LlamaStyleForCausalLM, path: str | Path, layout: str)
         model.save_pretrained(path)
     elif layout == "transformers":
         _as_native(model).save_pretrained(path)
+    elif layout == "gguf":
+        gguf_module("gguf_file").write_gguf(model, path, outtype, metadata)
     elif layout == "torch_export":
         training = model.training
         try:
@@ -79,6 +96,16 @@ def save_checkpoint(model: LlamaStyleForCausalLM, path: str | Path, layout: str)
             model.train(training)
     else:
         raise ValueError(f"No layout {layout!r}: choose one of {', '.join((*LAYOUTS, *EXPORTS))}.")
+
+
+def gguf_module(name: str) -> ModuleType:
+    """Our module `name`; raises ImportError, in one sentence, where the gguf package that it needs is not installed."""
+    try:
+        return import_module(f".{name}", __package__)
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise ImportError("GGUF files need the gguf package: pip install 'hf_models[export]'.") from error
 
 
 def _as_native(model: LlamaStyleForCausalLM) -> LlamaForCausalLM:
