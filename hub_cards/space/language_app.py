@@ -34,6 +34,10 @@ LONGEST_REPLY = 2048  # tokens, where the context has room for so many
 THINK_TAGS = ("<think>", "</think>")
 
 
+class Refusal(ValueError):
+    """What the page says in place of a text: nothing was asked, too much, or the model failed."""
+
+
 class Stop(StoppingCriteria):
     """Ends a reply when somebody asks for it, and counts its tokens."""
 
@@ -80,7 +84,7 @@ class LanguageModel:
     def chat_prompt(self, messages: list[dict[str, str]], max_new_tokens: int) -> list[int]:
         """The tokens of a conversation, without its oldest exchanges where they would leave no room for a reply.
 
-        Raises gr.Error where the last message alone leaves none.
+        Raises Refusal where the last message alone leaves none.
         """
         messages = [message | {"content": self.marks.sub("", message["content"])} for message in messages]
         system = [message for message in messages if message["role"] == "system"]
@@ -90,10 +94,9 @@ class LanguageModel:
             exchanges = exchanges[2:]
             ids = self._chat_ids(system + exchanges)
         if len(ids) > self._room(max_new_tokens):
-            raise gr.Error(
+            raise Refusal(
                 f"The message takes {len(ids)} tokens; beside a reply of {max_new_tokens}, the model's context of "
-                f"{self.context} has room for {self._room(max_new_tokens)}. Shorten it, or ask for a shorter reply.",
-                print_exception=False,
+                f"{self.context} has room for {self._room(max_new_tokens)}. Shorten it, or ask for a shorter reply."
             )
         if forgotten := (len(messages) - len(system) - len(exchanges)) // 2:
             gr.Info(f"The context of {self.context} tokens is full: the oldest {forgotten} exchange(s) are forgotten.")
@@ -117,7 +120,7 @@ class LanguageModel:
     def write(self, ids: list[int], temperature: float, max_new_tokens: int) -> Iterator[str]:
         """What the model has written after the prompt `ids` so far, again and again as it grows.
 
-        Closing the iterator ends the writing. Raises gr.Error where the model fails.
+        Closing the iterator ends the writing. Raises Refusal where the model fails.
         """
         # The streamer gets the prompt too: some tokenizers drop the space at the start of what they decode.
         prompt = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -154,7 +157,7 @@ class LanguageModel:
             stop.asked.set()
             writer.join()
         if failures:
-            raise gr.Error(f"The model could not write: {failures[0]}", print_exception=False)
+            raise Refusal(f"The model could not write: {failures[0]}")
         if len(text) <= len(prompt):
             gr.Info("The model ended without writing anything.")
         elif stop.tokens >= max_new_tokens:
@@ -168,16 +171,29 @@ def respond(
     temperature: float,
     max_new_tokens: int,
     system_prompt: str = "",
+) -> Iterator[str | dict]:
+    """The reply to `message` so far, again and again; `history` is Gradio's. A refusal is a message with a title."""
+    try:
+        yield from _reply(model, message, spoken(history), temperature, max_new_tokens, system_prompt)
+    except Refusal as refusal:
+        yield {"role": "assistant", "content": str(refusal), "metadata": {"title": "Not answered"}}
+
+
+def _reply(
+    model: LanguageModel,
+    message: str,
+    exchanges: list[dict[str, str]],
+    temperature: float,
+    max_new_tokens: int,
+    system_prompt: str,
 ) -> Iterator[str]:
-    """The reply to `message` so far, again and again; `history` is Gradio's."""
     if not message.strip():
-        raise gr.Error("There is no message: type one, or take an example.", print_exception=False)
+        raise Refusal("There is no message: type one, or take an example.")
     if SPACE["prompt_template"]:
         message = SPACE["prompt_template"].replace("{question}", message)
     if SPACE["chat"]:
         system = [{"role": "system", "content": system_prompt}] if system_prompt.strip() else []
-        messages = [*system, *spoken(history), {"role": "user", "content": message}]
-        ids = model.chat_prompt(messages, max_new_tokens)
+        ids = model.chat_prompt([*system, *exchanges, {"role": "user", "content": message}], max_new_tokens)
     else:  # a model of questions and answers, each for itself
         ids = model.text_prompt(message, max_new_tokens)
     opened, closed = THINK_TAGS
@@ -192,7 +208,7 @@ def respond(
 
 
 def spoken(history: list[dict]) -> list[dict[str, str]]:
-    """The messages of Gradio's history as a chat template takes them, without folded thoughts."""
+    """The messages of Gradio's history as a chat template takes them, without thoughts and refusals."""
     messages = []
     for message in history:
         if (message.get("metadata") or {}).get("title"):
@@ -201,17 +217,22 @@ def spoken(history: list[dict]) -> list[dict[str, str]]:
         if not isinstance(content, str):
             content = "".join(part["text"] for part in content if part.get("type") == "text")
         messages.append({"role": message["role"], "content": content})
-    # A stopped or failed reply leaves a question without an answer.
+    # A question that was refused, or whose reply was stopped at once, has no answer.
     roles = ["user", "assistant"]
     pairs = [pair for pair in itertools.pairwise(messages) if [message["role"] for message in pair] == roles]
     return [message for pair in pairs for message in pair]
 
 
 def continue_text(model: LanguageModel, text: str, temperature: float, max_new_tokens: int) -> Iterator[str]:
-    if not text.strip():
-        raise gr.Error("There is no text to continue: type its beginning, or take an example.", print_exception=False)
-    for written in model.write(model.text_prompt(text, max_new_tokens), temperature, max_new_tokens):
-        yield text + written
+    """The text with its continuation so far, again and again."""
+    try:
+        if not text.strip():
+            raise Refusal("There is no text to continue: type its beginning, or take an example.")
+        for written in model.write(model.text_prompt(text, max_new_tokens), temperature, max_new_tokens):
+            yield text + written
+    except Refusal as refusal:
+        gr.Warning(str(refusal))
+        yield text
 
 
 def settings(model: LanguageModel) -> list[gr.Slider]:
@@ -224,28 +245,32 @@ def settings(model: LanguageModel) -> list[gr.Slider]:
 
 
 def chat_page(model: LanguageModel) -> gr.Blocks:
-    with gr.Blocks(title=SPACE["title"], analytics_enabled=False, fill_height=True) as page:
+    def reply(*values) -> Iterator[str | dict]:
+        yield from respond(model, *values)
+
+    with gr.Blocks(title=SPACE["title"], analytics_enabled=False) as page:
         gr.Markdown(header())
         with gr.Accordion("Settings", open=False, render=False) as accordion:
             inputs = settings(model)
             if model.takes_system_prompt:
-                inputs.append(gr.Textbox(label="System prompt", info="what the model is told before the first message"))
+                inputs.append(gr.Textbox("", label="System prompt", info="what the model is told at the start"))
         chatbot = gr.Chatbot(
             show_label=False,
             buttons=["copy"],
             reasoning_tags=[THINK_TAGS],
-            height="55vh",
+            height="60vh",
             min_height=280,
             placeholder=SPACE["placeholder"],
         )
         gr.ChatInterface(
-            lambda *values: (yield from respond(model, *values)),
+            reply,
             chatbot=chatbot,
             textbox=gr.Textbox(placeholder="Type a message", show_label=False, submit_btn=True, stop_btn=True),
             additional_inputs=inputs,
             examples=[[example] for example in SPACE["examples"]],
             cache_examples=False,
             flagging_mode="never",
+            fill_height=False,
             api_name="respond",
         )
         accordion.render()
@@ -253,6 +278,9 @@ def chat_page(model: LanguageModel) -> gr.Blocks:
 
 
 def text_page(model: LanguageModel) -> gr.Blocks:
+    def proceed(*values) -> Iterator[str]:
+        yield from continue_text(model, *values)
+
     with gr.Blocks(title=SPACE["title"], analytics_enabled=False) as page:
         gr.Markdown(header())
         text = gr.Textbox(label="Text", lines=8, max_lines=20, placeholder=SPACE["placeholder"], autofocus=True)
@@ -265,7 +293,7 @@ def text_page(model: LanguageModel) -> gr.Blocks:
             inputs = [text, *settings(model)]
         writing = gr.on(
             [go.click, text.submit],
-            lambda *values: (yield from continue_text(model, *values)),
+            proceed,
             inputs,
             text,
             show_progress="minimal",

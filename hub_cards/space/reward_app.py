@@ -36,16 +36,15 @@ class RewardModel:
 
     @torch.inference_mode()
     def score(self, question: str, answer: str) -> float:
-        """Raises gr.Error for an empty text, and where question and answer exceed the context."""
+        """Raises ValueError for an empty text, and where question and answer exceed the context."""
         if not question.strip() or not answer.strip():
-            raise gr.Error("Give a question and two answers to compare.", print_exception=False)
+            raise ValueError("Give a question and two answers to compare.")
         conversation = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         inputs = self.tokenizer.apply_chat_template(conversation, return_tensors="pt", return_dict=True)
         tokens = inputs["input_ids"].shape[1]
         if self.context is not None and tokens > self.context:
-            raise gr.Error(
-                f"Question and answer take {tokens} tokens, and the model reads at most {self.context}: shorten them.",
-                print_exception=False,
+            raise ValueError(
+                f"Question and answer take {tokens} tokens, and the model reads at most {self.context}: shorten them."
             )
         return self.model(**inputs.to(self.model.device)).logits[0, 0].item()
 
@@ -58,16 +57,23 @@ class RewardModel:
 
 
 def reward_page(model: RewardModel) -> gr.Blocks:
+    def compare(*texts: str) -> tuple[dict[str, float] | None, str]:
+        try:
+            return model.compare(*texts)
+        except ValueError as error:
+            gr.Warning(str(error))
+            return None, ""
+
     with gr.Blocks(title=SPACE["title"], analytics_enabled=False) as page:
         gr.Markdown(header())
         question = gr.Textbox(label="Question", autofocus=True)
         with gr.Row():
             answers = [gr.Textbox(label=f"{which} answer", lines=4, min_width=280) for which in ("First", "Second")]
-        compare = gr.Button("Compare", variant="primary")
+        button = gr.Button("Compare", variant="primary")
         gr.Examples(SPACE["examples"], [question, *answers])
         preferred = gr.Label(label="Preferred with the probability")
         scores = gr.Markdown()
-        compare.click(model.compare, [question, *answers], [preferred, scores], api_name="compare")
+        button.click(compare, [question, *answers], [preferred, scores], api_name="compare")
     return page
 
 

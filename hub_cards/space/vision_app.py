@@ -39,12 +39,11 @@ class VisionModel:
             self.classifier = AutoModelForImageClassification.from_pretrained(path, **options).to(self.device).eval()
 
     def pixel_values(self, image: Image.Image) -> torch.Tensor:
-        """`(1, channels, height, width)`, as the model takes it. Raises gr.Error for a shape that is all length."""
+        """`(1, channels, height, width)`, as the model takes it. Raises ValueError for a shape that is all length."""
         if max(image.size) > LONGEST_SHAPE * min(image.size):
-            raise gr.Error(
+            raise ValueError(
                 f"The image has {image.width} x {image.height} pixels: one side may be at most {LONGEST_SHAPE} times "
-                "as long as the other.",
-                print_exception=False,
+                "as long as the other."
             )
         mode = "L" if self.channels == 1 else "RGB"
         return self.processor(plain_image(image, mode), return_tensors="pt")["pixel_values"].to(self.device)
@@ -65,23 +64,19 @@ class VisionModel:
         # One draw for every ratio: a higher one removes the same patches and more.
         order = torch.rand(1, patches, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
         mask = torch.ones(1, patches).scatter_(1, order[:, :kept], 0)
-        try:
-            pictures = self.autoencoder.reconstruct(pixel_values, mask=mask.to(self.device))
-        except ValueError as error:  # a size that does not divide into patches
-            raise gr.Error(str(error), print_exception=False) from error
+        pictures = self.autoencoder.reconstruct(pixel_values, mask=mask.to(self.device))
         told = f"{patches - kept} of {patches} patches of {side} × {side} pixels removed."
         return *(self._picture(picture[0]) for picture in pictures), told
 
     def _picture(self, pixels: torch.Tensor) -> Image.Image:
         """`(channels, height, width)`, normalised, as an image to look at."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in self._normalisation())
+        mean, std = (
+            torch.tensor(values)[:, None, None] for values in (self.processor.image_mean, self.processor.image_std)
+        )
         levels = ((pixels.float().cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).expand(3, -1, -1)
         image = Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
         factor = max(1, SHOWN_SIDE // max(image.size))
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-    def _normalisation(self) -> tuple[list[float], list[float]]:
-        return self.processor.image_mean, self.processor.image_std
 
     @torch.inference_mode()
     def classify(self, image: Image.Image) -> dict[str, float]:
@@ -153,8 +148,12 @@ def watch(page: gr.Blocks, inputs: list, outputs, compute, nothing) -> None:
     def show(picture, *values):
         if picture is None:
             return nothing
-        with lock:
-            return compute(picture, *values)
+        try:
+            with lock:
+                return compute(picture, *values)
+        except (ValueError, OSError) as error:  # a shape that does not fit, an image that is damaged
+            gr.Warning(str(error))
+            return nothing
 
     triggers = [page.load, *(component.change for component in inputs)]
     gr.on(
