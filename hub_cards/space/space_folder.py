@@ -42,7 +42,7 @@ REWARD_EXAMPLE = [
     "A natural stream of fresh water that flows towards a sea or a lake.",
     "The river of the river is the river.",
 ]
-EXAMPLES = 6
+EXAMPLES = 5
 
 
 def build_space(folder: Path, destination: Path, repo_id: str | None = None) -> Path:

@@ -111,7 +111,7 @@ def vision_page(model: VisionModel) -> gr.Blocks:
                     label="Image",
                     type="pil",
                     image_mode=None,
-                    height=260,
+                    height=220,
                     sources=["upload", "clipboard"],
                 )
                 if examples:
@@ -131,11 +131,12 @@ def reconstruction_part(page: gr.Blocks, model: VisionModel, image: gr.Image) ->
             0.05, 0.95, model.autoencoder.config.mask_ratio, step=0.05, label="Mask ratio", info="share removed"
         )
         seed = gr.Slider(0, 99, 0, step=1, label="Seed", info="which patches are removed")
-    names = ("Original", "What the model sees", "Reconstruction")
+    pictures = []
     with gr.Row():
-        pictures = [
-            gr.Image(label=name, interactive=False, height=220, min_width=100, buttons=["fullscreen"]) for name in names
-        ]
+        for name in ("Original", "Masked", "Reconstruction"):
+            with gr.Column(min_width=90):
+                gr.Markdown(name)
+                pictures.append(gr.Image(show_label=False, interactive=False, min_width=80, buttons=["fullscreen"]))
     told = gr.Markdown()
     nothing = (None, None, None, "Upload an image, or take one of the examples.")
     watch(page, [image, ratio, seed], [*pictures, told], model.reconstruct, nothing)
