@@ -2,12 +2,15 @@
 
 import ast
 import importlib.util
+import itertools
 import json
+import shutil
 import sys
 import threading
 import time
 import tomllib
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_chat_model import ANSWERS, CONTEXT, new_tiny_model, save_tiny_chat_model, tiny_tokenizer
-from tiny_solver import SOLUTIONS, save_tiny_solver
+from tiny_solver import SOLUTIONS
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
 
 from hf_models import LlamaStyleForSequenceClassification
@@ -33,7 +36,7 @@ gr = pytest.importorskip("gradio", reason="needs gradio: pip install '.[space]'"
 
 REPOSITORY = Path(__file__).parent.parent
 QUESTION, ANSWER = next(iter(ANSWERS.items()))
-SUM, SOLUTION = next(iter(SOLUTIONS.items()))
+SUM = "What is 4+4?"
 LABELS = ["ant", "bird", "cat", "dog", "eel", "fox", "gnu"]
 
 
@@ -59,28 +62,17 @@ def write_run(folder, task, **sections):
 
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory):
+    """A model that has learnt to answer, in some cases after thoughts."""
     folder = tmp_path_factory.mktemp("models") / "chat"
-    save_tiny_chat_model(folder)
+    with patch.dict(ANSWERS, SOLUTIONS):
+        save_tiny_chat_model(folder)
     return write_run(folder, "sft", model={"parameters": 5_870_000})
-
-
-@pytest.fixture(scope="module")
-def solver_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "solver"
-    save_tiny_solver(folder)
-    return folder
 
 
 @pytest.fixture
 def chat(app_of, chat_folder):
     app = app_of(chat_folder)
     return app, app.LanguageModel(str(chat_folder))
-
-
-@pytest.fixture
-def solver(app_of, solver_folder):
-    app = app_of(solver_folder)
-    return app, app.LanguageModel(str(solver_folder))
 
 
 def shown(app, model, content):
@@ -100,7 +92,7 @@ def test_a_reply_grows_piece_by_piece_to_the_learnt_answer(chat):
     pieces = list(app.respond(model, QUESTION, [], 0.0, 64))
     assert pieces[-1] == ANSWER
     assert len(pieces) > 3
-    assert all(later.startswith(earlier) for earlier, later in zip(pieces, pieces[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(pieces))
 
 
 def test_a_later_turn_has_the_former_ones_in_its_prompt(chat):
@@ -132,10 +124,10 @@ def test_the_system_prompt_and_no_mark_of_a_user_reaches_the_model(chat):
     assert prompts[0].count("<|end_of_turn|>") == 2  # of the system prompt and of the message
 
 
-def test_thoughts_are_folded_also_while_they_are_written(solver):
-    app, model = solver
+def test_thoughts_are_folded_also_while_they_are_written(chat):
+    app, model = chat
     pieces = list(app.respond(model, SUM, [], 0.0, 64))
-    assert pieces[-1] == SOLUTION
+    assert pieces[-1] == SOLUTIONS[SUM]
     thinking = [piece for piece in pieces if "<think>" in piece and "</think>" not in piece]
     assert thinking
     for piece in thinking:
@@ -143,19 +135,19 @@ def test_thoughts_are_folded_also_while_they_are_written(solver):
             metadata.get("title") and metadata["status"] == "pending" for metadata, _ in shown(app, model, piece)
         )
     (thoughts, text), (answer, answered) = shown(app, model, pieces[-1])
-    assert (thoughts["status"], text) == ("done", "2+3=5")
-    assert (answer.get("title"), answered) == (None, "<answer>5</answer>")
+    assert (thoughts["status"], text) == ("done", "4 and 4 is 8")
+    assert (answer.get("title"), answered) == (None, "<answer>8</answer>")
 
 
-def test_thoughts_that_were_cut_are_no_longer_waited_for(solver):
-    app, model = solver
+def test_thoughts_that_were_cut_are_no_longer_waited_for(chat):
+    app, model = chat
     *_, reply = app.respond(model, SUM, [], 0.0, 4)
     ((thoughts, _),) = shown(app, model, reply)
     assert thoughts["status"] == "done"
 
 
-def test_thoughts_are_not_part_of_the_conversation(solver):
-    app, _ = solver
+def test_thoughts_are_not_part_of_the_conversation(chat):
+    app, _ = chat
     history = [
         {"role": "user", "content": SUM},
         {"role": "assistant", "content": "2+3=5", "metadata": {"title": "Reasoning", "status": "done"}},
@@ -190,7 +182,7 @@ def test_a_message_that_cannot_be_sent_is_answered_by_a_sentence_outside_the_con
 
 
 def test_the_oldest_exchanges_are_forgotten_where_the_context_is_full(chat, capsys):
-    app, model = chat
+    _, model = chat
     history = [{"role": role, "content": f"{i} river"} for i in range(40) for role in ("user", "assistant")]
     ids = model.chat_prompt([*history, {"role": "user", "content": QUESTION}], 64)
     text = model.tokenizer.decode(ids)
@@ -235,9 +227,8 @@ def test_of_a_long_text_the_end_is_read_and_of_none_nothing(app_of, chat_folder,
     assert any("no text to continue" in str(warning.message) for warning in recwarn)
 
 
-def test_a_model_trained_on_a_prompt_of_its_own_gets_each_question_in_it(app_of, solver_folder, tmp_path):
-    folder = tmp_path / "reasoner"
-    folder.symlink_to(solver_folder)
+def test_a_model_trained_on_a_prompt_of_its_own_gets_each_question_in_it(app_of, chat_folder, tmp_path):
+    folder = Path(shutil.copytree(chat_folder, tmp_path / "reasoner"))
     arguments = {"prompt_template": "Question: {question}\nAnswer:", "apply_chat_template": False}
     write_run(folder, "grpo", arguments=arguments, samples=[{"step": 0, "prompt": "1 + 1", "text": "2"}] * 2)
     app = app_of(folder)
@@ -247,7 +238,6 @@ def test_a_model_trained_on_a_prompt_of_its_own_gets_each_question_in_it(app_of,
     model.write = lambda ids, *_: iter(prompts.append(model.tokenizer.decode(ids, skip_special_tokens=True)) or ["2"])
     assert list(app.respond(model, "2 + 2", [{"role": "user", "content": "1 + 1"}], 0.0, 8)) == ["2"]
     assert prompts == ["Question: 2 + 2\nAnswer:"]
-    (folder / "run.json").unlink()
 
 
 def test_a_model_that_cannot_be_opened_is_told_on_the_page(app_of, chat_folder, monkeypatch):
@@ -275,12 +265,19 @@ def vision_folder(folder, *classes, **fields):
     return folder
 
 
-@pytest.fixture
-def vision(app_of, tmp_path):
+@pytest.fixture(scope="module")
+def vision_model_folder(tmp_path_factory):
     """A model with both abilities."""
-    folder = tmp_path / "both"
-    app = app_of(vision_folder(folder, ConvNextV2FcmaeForImageClassification, ConvNextV2FcmaeForPreTraining))
-    return app, app.VisionModel(str(folder))
+    folder = tmp_path_factory.mktemp("models") / "both"
+    return vision_folder(folder, ConvNextV2FcmaeForImageClassification, ConvNextV2FcmaeForPreTraining)
+
+
+@pytest.fixture(scope="module")
+def vision(vision_model_folder, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        space = build_space(vision_model_folder, tmp_path_factory.mktemp("spaces") / "both")
+        app = open_app(space, vision_model_folder, monkeypatch)
+        yield app, app.VisionModel(str(vision_model_folder))
 
 
 def removed_patches(picture):
@@ -304,8 +301,7 @@ def test_the_mask_ratio_removes_its_share_and_a_higher_one_more_of_the_same(visi
         assert told.startswith(f"{len(removed[ratio])} of 16 patches")
     # int(16 * (1 - ratio)) patches are kept (arXiv 2301.00808's code), but at least one.
     assert [len(patches) for patches in removed.values()] == [1, 4, 8, 10, 15]
-    for lower, higher in zip(removed.values(), list(removed.values())[1:], strict=False):
-        assert lower < higher
+    assert all(lower < higher for lower, higher in itertools.pairwise(removed.values()))
 
 
 def test_the_seed_says_which_patches_are_removed(vision):
@@ -323,10 +319,10 @@ def test_a_reconstruction_keeps_what_was_seen(vision):
     assert reconstruction.crop(place).tobytes() == original.crop(place).tobytes() == masked.crop(place).tobytes()
 
 
-def test_the_five_likeliest_classes_have_their_probabilities(vision, tmp_path):
+def test_the_five_likeliest_classes_have_their_probabilities(vision, vision_model_folder):
     _, model = vision
     image = noise_image()
-    reference = AutoModelForImageClassification.from_pretrained(tmp_path / "both").eval()
+    reference = AutoModelForImageClassification.from_pretrained(vision_model_folder).eval()
     with torch.no_grad():
         logits = reference(model.processor(image, return_tensors="pt")["pixel_values"]).logits[0]
     probabilities = dict(zip(LABELS, logits.softmax(0).tolist(), strict=True))
