@@ -15,6 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_chat_model import ANSWERS, CONTEXT, new_tiny_model, save_tiny_chat_model, tiny_tokenizer
@@ -238,6 +239,24 @@ def test_a_model_trained_on_a_prompt_of_its_own_gets_each_question_in_it(app_of,
     model.write = lambda ids, *_: iter(prompts.append(model.tokenizer.decode(ids, skip_special_tokens=True)) or ["2"])
     assert list(app.respond(model, "2 + 2", [{"role": "user", "content": "1 + 1"}], 0.0, 8)) == ["2"]
     assert prompts == ["Question: 2 + 2\nAnswer:"]
+
+
+def test_an_adapter_is_opened_with_its_base(app_of, tmp_path, monkeypatch):
+    base, tokenizer = new_tiny_model(tiny_tokenizer()), tiny_tokenizer()
+    base.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=4))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # which begins with zeros
+            torch.nn.init.normal_(parameter)
+    adapted.peft_config["default"].base_model_name_or_path = "base"
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    app = app_of(Path("adapter"))
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True)["input_ids"]
+    expected = adapted.eval().generate(input_ids=torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+    *_, reply = app.respond(app.LanguageModel("adapter"), "?", [], 0.0, 8)
+    assert reply == tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_a_model_that_cannot_be_opened_is_told_on_the_page(app_of, chat_folder, monkeypatch):

@@ -149,8 +149,8 @@ def test_a_chat_streams_an_answer_and_folds_thoughts(browser, chat_folder, tmp_p
             text for text in browser.execute_script("return window.seen") if text and answer.startswith(text.strip())
         ]
         assert len(set(grown)) > 2, grown  # it came in pieces
-        (box, *_) = find(browser, "textarea:not([disabled])")
-        time.sleep(1)
+        browser.get(url)  # a conversation of its own
+        (box, *_) = find(browser, "textarea[placeholder='Type a message']")
         box.send_keys("What is 4+4?\n")
         wait(browser, lambda: "Reasoning" in " ".join(bot_texts(browser)), "the thoughts' title")
         wait(browser, lambda: bot_texts(browser)[-1].strip().endswith("8"), "the answer after thoughts")
