@@ -129,7 +129,7 @@ def documented_commands() -> list[Command]:
 
 def fields_of(module: str) -> set[str]:
     """The names of the fields, without their dashes, that the command of `module` takes."""
-    command, found = importlib.import_module(module), set()
+    command, found = _command(module), set()
 
     def note(*dataclass_types, description=""):
         found.update(field.name for kind in dataclass_types for field in dataclasses.fields(kind) if field.init)
@@ -164,7 +164,7 @@ def parse(module: str, arguments: list[str]) -> None:
 
     Raises ValueError with what the command would say of a mistake.
     """
-    command, complaints = importlib.import_module(module), []
+    command, complaints = _command(module), []
 
     def stop_after(function):
         def parsed(*args, **kwargs):
@@ -191,6 +191,11 @@ def parse(module: str, arguments: list[str]) -> None:
         except SystemExit as end:
             raise ValueError(" ".join(complaints) or f"exit {end.code}") from None
     raise ValueError(f"{module} read no arguments")
+
+
+def _command(module: str) -> ModuleType:
+    found = importlib.import_module(module)
+    return importlib.import_module(f"{module}.__main__") if hasattr(found, "__path__") else found
 
 
 def _has_fields(command: ModuleType) -> bool:
