@@ -10,7 +10,18 @@ import runpy
 import sys
 from pathlib import Path
 
-LIBRARIES = ["datasets", "matplotlib.pyplot", "peft", "timm", "transformers.pipelines", "trl", "training.evaluate"]
+LIBRARIES = [
+    "datasets",
+    "lm_eval.evaluator",
+    "matplotlib.pyplot",
+    "peft",
+    "timm",
+    "transformers.pipelines",
+    "trl.trainer.dpo_trainer",
+    "trl.trainer.grpo_trainer",
+    "trl.trainer.reward_trainer",
+    "trl.trainer.sft_trainer",
+]
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 CONTEXT = multiprocessing.get_context("forkserver")
 

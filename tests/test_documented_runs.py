@@ -6,6 +6,7 @@ What a command needs is made first, by the documented command that makes it. A c
     pytest -m slow tests/test_documented_runs.py -k sft
 """
 
+import itertools
 import json
 import re
 
@@ -15,7 +16,7 @@ import yaml
 from command_process import run_code, run_module
 from documented_commands import MARKDOWN, ROOT, documented_commands, markdown_blocks
 from PIL import Image
-from tiny_solver import SOLUTIONS, save_tiny_solver
+from tiny_solver import SOLUTIONS
 
 from hf_models import ConvNextV2FcmaeConfig, ConvNextV2FcmaeForImageClassification, ConvNextV2FcmaeForPreTraining
 from hf_models.convnextv2_fcmae.checkpoints import save_checkpoint
@@ -182,11 +183,9 @@ class Workshop:
             return
         self.done.add(command)
         words, output = self.words[command], self._output(command)
-        recipe = [
-            part for value in self._recipe(words).values() for part in (value if isinstance(value, list) else [value])
-        ]
-        for path in [*words, *recipe]:
-            if path in self.maker and path != output:
+        values = [value if isinstance(value, list) else [value] for value in self._recipe(words).values()]
+        for path in [*words, *itertools.chain(*values)]:
+            if isinstance(path, str) and path in self.maker and path != output:
                 self.make(path)
         if output and self.maker[output] is not command:  # it has been made in another way
             words = [*words, "--output_dir", f"{output}_{len(self.done)}"]
@@ -198,7 +197,7 @@ class Workshop:
 
     def _write_inputs(self):
         """Files of the user's own, and weights as others have published them."""
-        (self.folder / "notes.txt").write_text("The river runs to the sea, and the sea is wide.\n" * 400)
+        (self.folder / "notes.txt").write_text("\n".join(file.read_text(encoding="utf-8") for file in MARKDOWN))
         chat = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello to you!"}]
         self._write_rows("chats.jsonl", [{"messages": chat}] * 60)
         answers = zip(SOLUTIONS, ("5", "8", "6"), strict=True)
@@ -217,7 +216,8 @@ class Workshop:
             ("checkpoint-799.pth", ConvNextV2FcmaeForPreTraining, "official_sparse"),
         ):
             save_checkpoint(model_class(config), self.folder / name, layout)
-        save_tiny_solver(self.folder / "solver")
+        save_solver = "from tiny_solver import save_tiny_solver; save_tiny_solver('solver')"
+        check(save_solver, *run_code(save_solver, self.folder))
 
 
 @pytest.fixture(scope="module")
