@@ -187,7 +187,7 @@ class Workshop:
         for path in [*words, *itertools.chain(*values)]:
             if isinstance(path, str) and path in self.maker and path != output:
                 self.make(path)
-        if output and self.maker[output] is not command:  # it has been made in another way
+        if output and self.maker[output] != command:  # it has been made in another way
             words = [*words, "--output_dir", f"{output}_{len(self.done)}"]
         module, *arguments = words
         check(command.text, *run_module(module, arguments, self.folder))
