@@ -1,6 +1,6 @@
 """Merges an adapter into its base: a model folder that opens anywhere, without PEFT.
 
-    python -m training.merge_adapter --adapter runs/quickstart/sft --output_dir runs/quickstart/assistant
+    python -m training.merge_adapter --adapter runs/quickstart/chat_adapter --output_dir runs/quickstart/chat
 
 The sum is computed in float32 on the base in full precision, also where the adapter was trained on 4-bit weights, and
 stored in the base's dtype. How far the merged model's logits are from those of base and adapter is measured, and for an
