@@ -273,12 +273,7 @@ class _NobodyKnowsUs:
             raise ModuleNotFoundError(f"No module named {name!r} (a stranger has none)", name=name)
 
 
-def main() -> None:
-    sys.meta_path.insert(0, _NobodyKnowsUs)
-    file = Path(sys.argv[1])
-    findings = check(json.loads(file.read_text(encoding="utf-8")))
-    file.write_text(json.dumps(findings), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    sys.meta_path.insert(0, _NobodyKnowsUs)
+    job_file = Path(sys.argv[1])
+    job_file.write_text(json.dumps(check(json.loads(job_file.read_text(encoding="utf-8")))), encoding="utf-8")

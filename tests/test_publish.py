@@ -105,7 +105,7 @@ def test_the_card_names_the_repo_and_every_file_with_its_hash(local_hub, folder,
     card = ModelCard(text)
     assert card.data.library_name == "transformers"
     assert 'from_pretrained("user/tiny"' in text
-    assert "./tiny" not in text
+    assert 'from_pretrained("./tiny"' not in text
     for name, blob in repo.resolve("main").files.items():
         if name not in ("README.md", ".gitattributes"):
             assert f"| `{name}` | {blob.size:,} | `{blob.sha256}` |" in text
