@@ -53,10 +53,19 @@ class ImageGraph(nn.Module):
 
 
 class TokenGraph(nn.Module):
-    """A causal language model as a function from token ids and their mask, `(batch, length)`, to `logits`."""
+    """A causal language model as a function from token ids and their mask, `(batch, length)`, to `logits`.
+
+    Raises ValueError for rotary frequencies that change with the length of the text.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        rope_type = model.config.rope_parameters["rope_type"]
+        if rope_type in ("dynamic", "longrope"):
+            raise ValueError(
+                f"rope_type is {rope_type!r}, whose frequencies depend on the length of the text: torch.export cannot "
+                "trace that. Choose another layout."
+            )
         self.model = model
         shape = {0: Dim("batch"), 1: Dim("length")}
         self.dynamic_shapes = {"input_ids": shape, "attention_mask": shape}

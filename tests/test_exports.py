@@ -160,6 +160,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"'torch_export' is one file: name it model\.pt2 rather than model\."):
             save_checkpoint(classifier, tmp_path / "model", "torch_export")
 
+    def test_frequencies_that_depend_on_the_length(self, tmp_path):
+        model, _ = build_pair(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+        with pytest.raises(ValueError, match=r"rope_type is 'dynamic', whose frequencies depend on the length"):
+            save_language_model(model, tmp_path / "text.pt2", "torch_export")
+
     def test_a_language_model_as_onnx(self, tmp_path):
         build_pair()[0].save_pretrained(tmp_path / "source")
         (tmp_path / "source" / "model.safetensors").write_bytes(b"")  # refused before it is read

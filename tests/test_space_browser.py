@@ -32,7 +32,8 @@ from hub_cards.space import build_space
 
 pytestmark = pytest.mark.slow
 
-PATIENCE = 180  # seconds, on a machine that has other work
+SIZES = ((1280, 900), (390, 844))  # a desktop and a phone
+PATIENCE = 600  # seconds, on a machine that has other work
 # An app as the Hub runs it: there is no package of ours.
 STRANGER = """
 import runpy, sys
@@ -86,11 +87,16 @@ def page_of(folder, tmp_path, *words):
     return served(command, port, REPOSITORY, tmp_path / "log")
 
 
-@pytest.fixture(params=[(1280, 900), (390, 844)], ids=["desktop", "phone"])
-def browser(request, tmp_path):
-    browser = open_chromium(tmp_path / "profile", *request.param)
-    yield browser
-    browser.quit()
+@contextmanager
+def opened(url, size, tmp_path):
+    """The page in a browser of that size; it must not have complained in the end."""
+    browser = open_chromium(tmp_path / f"profile_{size[0]}", *size)
+    try:
+        browser.get(url)
+        yield browser
+        assert complaints(browser) == []
+    finally:
+        browser.quit()
 
 
 def wait(browser, condition, what):
@@ -129,38 +135,41 @@ def bot_texts(browser):
     return texts(browser, ".message.bot")
 
 
-def test_a_chat_streams_an_answer_and_folds_thoughts(browser, chat_folder, tmp_path):
+def test_a_chat_streams_an_answer_and_folds_thoughts(chat_folder, tmp_path):
     with page_of(chat_folder, tmp_path) as url:
-        browser.get(url)
-        (box, *_) = find(browser, "textarea[placeholder='Type a message']")
-        browser.execute_script(
-            """
-            window.seen = [];
-            const look = () => document.querySelectorAll('.message.bot').forEach(message => {
-                if (window.seen.at(-1) !== message.innerText) window.seen.push(message.innerText);
-            });
-            new MutationObserver(look).observe(document.body, {subtree: true, childList: true, characterData: true});
-            """
-        )
-        question, answer = next(iter(ANSWERS.items()))
-        box.send_keys(question + "\n")
-        wait(browser, lambda: any(answer in text for text in bot_texts(browser)), "the answer")
-        grown = [
-            text for text in browser.execute_script("return window.seen") if text and answer.startswith(text.strip())
-        ]
-        assert len(set(grown)) > 2, grown  # it came in pieces
-        browser.get(url)  # a conversation of its own
-        (box, *_) = find(browser, "textarea[placeholder='Type a message']")
-        box.send_keys("What is 4+4?\n")
-        wait(browser, lambda: "Reasoning" in " ".join(bot_texts(browser)), "the thoughts' title")
-        wait(browser, lambda: bot_texts(browser)[-1].strip().endswith("8"), "the answer after thoughts")
-        time.sleep(1)
-        assert "4 and 4 is 8" not in browser.find_element("tag name", "body").text  # it is folded
-        screenshot(browser, tmp_path, "chat")
-        assert complaints(browser) == []
+        for size in SIZES:
+            with opened(url, size, tmp_path) as browser:
+                use_chat(browser, url)
+                screenshot(browser, tmp_path, "chat")
 
 
-def test_the_space_of_a_base_model_runs_where_our_packages_are_not(browser, chat_folder, tmp_path):
+def use_chat(browser, url):
+    (box, *_) = find(browser, "textarea[placeholder='Type a message']")
+    browser.execute_script(
+        """
+        window.seen = [];
+        const look = () => document.querySelectorAll('.message.bot').forEach(message => {
+            if (window.seen.at(-1) !== message.innerText) window.seen.push(message.innerText);
+        });
+        new MutationObserver(look).observe(document.body, {subtree: true, childList: true, characterData: true});
+        """
+    )
+    question, answer = next(iter(ANSWERS.items()))
+    box.send_keys(question + "\n")
+    wait(browser, lambda: any(answer in text for text in bot_texts(browser)), "the answer")
+    seen = browser.execute_script("return window.seen")
+    grown = {text.strip() for text in seen if text.strip() and answer.startswith(text.strip())}
+    assert len(grown) > 2, seen  # it came in pieces
+    browser.get(url)  # a conversation of its own
+    (box, *_) = find(browser, "textarea[placeholder='Type a message']")
+    box.send_keys("What is 4+4?\n")
+    wait(browser, lambda: "Reasoning" in " ".join(bot_texts(browser)), "the thoughts' title")
+    wait(browser, lambda: bot_texts(browser)[-1].strip().endswith("8"), "the answer after thoughts")
+    # They fold when they are done.
+    wait(browser, lambda: "4 and 4 is 8" not in browser.find_element("tag name", "body").text, "folded thoughts")
+
+
+def test_the_space_of_a_base_model_runs_where_our_packages_are_not(chat_folder, tmp_path):
     (chat_folder / "run.json").write_text('{"task": "pretrain_lm", "status": "finished"}')
     try:
         space, port = build_space(chat_folder, tmp_path / "space", "me/tiny"), free_port()
@@ -168,43 +177,40 @@ def test_the_space_of_a_base_model_runs_where_our_packages_are_not(browser, chat
         (chat_folder / "run.json").unlink()
     home = {"MODEL": str(chat_folder), "GRADIO_SERVER_PORT": str(port), "HF_HOME": str(tmp_path / "home")}
     with served([sys.executable, "-c", STRANGER], port, space, tmp_path / "log", **home) as url:
-        browser.get(url)
-        (box, *_) = find(browser, "textarea")
-        box.send_keys("What is")
-        find(browser, "button.primary")[0].click()
-        wait(browser, lambda: len(box.get_property("value")) > len("What is"), "a continuation")
-        assert box.get_property("value").startswith("What is")
-        (link,) = browser.find_elements("link text", "Its card")
-        assert link.get_attribute("href") == "https://huggingface.co/me/tiny"
-        screenshot(browser, tmp_path, "text")
-        assert complaints(browser) == []
+        for size in SIZES:
+            with opened(url, size, tmp_path) as browser:
+                (box, *_) = find(browser, "textarea")
+                box.send_keys("What is")
+                find(browser, "button.primary")[0].click()
+                wait(browser, lambda box=box: len(box.get_property("value")) > len("What is"), "a continuation")
+                assert box.get_property("value").startswith("What is")
+                (link,) = browser.find_elements("link text", "Its card")
+                assert link.get_attribute("href") == "https://huggingface.co/me/tiny"
+                screenshot(browser, tmp_path, "text")
 
 
-def test_an_image_is_uploaded_masked_reconstructed_and_classified(browser, tmp_path):
-    folder = vision_folder(
-        tmp_path / "tiny-vision", ConvNextV2FcmaeForImageClassification, ConvNextV2FcmaeForPreTraining
-    )
+def test_an_image_is_uploaded_masked_reconstructed_and_classified(tmp_path):
+    kinds = ConvNextV2FcmaeForImageClassification, ConvNextV2FcmaeForPreTraining
+    folder = vision_folder(tmp_path / "tiny-vision", *kinds)
     noise_image("RGBA", (90, 60)).save(tmp_path / "image.png")
     with page_of(folder, tmp_path) as url:
-        browser.get(url)
-        (upload, *_) = find(browser, "input[type=file]")
-        upload.send_keys(str(tmp_path / "image.png"))
+        for size in SIZES:
+            with opened(url, size, tmp_path) as browser:
+                use_image(browser, tmp_path / "image.png")
+                screenshot(browser, tmp_path, "vision")
 
-        def told():
-            return next((text for text in texts(browser, ".prose") if "patches of 16" in text), "")
 
-        wait(browser, lambda: told().startswith("10 of 16"), "the number of removed patches")
-        (number, *_) = find(browser, "input[type=number]")
-        browser.execute_script("arguments[0].value = ''", number)
-        number.send_keys("0.25\t")
-        wait(browser, lambda: told().startswith("4 of 16"), "fewer removed patches")
-        sources = "return [...document.querySelectorAll('img')].map(image => image.src)"
-        wait(browser, lambda: len(set(browser.execute_script(sources))) >= 4, "the image and three pictures")
-        wait(
-            browser,
-            lambda: len(browser.find_elements("css selector", "[data-testid$='confidence-set']")) == 5,
-            "labels",
-        )
-        time.sleep(1)
-        screenshot(browser, tmp_path, "vision")
-        assert complaints(browser) == []
+def use_image(browser, file):
+    def told():
+        return next((text for text in texts(browser, ".prose") if "patches of 16" in text), "")
+
+    (upload, *_) = find(browser, "input[type=file]")
+    upload.send_keys(str(file))
+    wait(browser, lambda: told().startswith("10 of 16"), "the number of removed patches")
+    (number, *_) = find(browser, "input[type=number]")
+    browser.execute_script("arguments[0].value = ''", number)
+    number.send_keys("0.25\t")
+    wait(browser, lambda: told().startswith("4 of 16"), "fewer removed patches")
+    sources = "return [...document.querySelectorAll('img')].map(image => image.src)"
+    wait(browser, lambda: len(set(browser.execute_script(sources))) >= 4, "the image and three pictures")
+    wait(browser, lambda: len(browser.find_elements("css selector", "[data-testid$='confidence-set']")) == 5, "labels")
