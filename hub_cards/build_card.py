@@ -7,6 +7,7 @@ section whose data are missing is left out, and a card that cannot do without th
 """
 
 import argparse
+import hashlib
 import json
 import re
 import shlex
@@ -149,6 +150,9 @@ NOT_HYPERPARAMETERS = {
     "use_rslora",
 }
 
+# At the end of a card, where no reader sees it: by this, `publish` tells an edited card, which it keeps.
+SEAL = "<!-- built from run.json: {} -->"
+
 
 def build_card(folder: str | Path, hub_id: str | None = None) -> Path:
     """Writes `folder/README.md` and its pictures in `folder/card_assets/`; returns the card's path.
@@ -200,10 +204,20 @@ def build_card(folder: str | Path, hub_id: str | None = None) -> Path:
         metadata = card_metadata(run, name)
     except (jinja2.UndefinedError, KeyError) as error:
         raise ValueError(f"{folder / 'run.json'} lacks what a card of {run['task']} needs: {error}.") from error
-    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
+    card = str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}")).rstrip("\n") + "\n"
     path = folder / "README.md"
-    card.save(path)
+    path.write_text(f"{card}\n{SEAL.format(_digest(card))}\n", encoding="utf-8")
     return path
+
+
+def is_as_built(card: str) -> bool:
+    """Whether nobody edited `card`, the text of a README.md, since `build_card` wrote it."""
+    text, _, seal = card.rstrip("\n").rpartition("\n\n")
+    return seal == SEAL.format(_digest(text + "\n"))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _draw(run: dict[str, Any], road: dict[str, Any], folder: Path) -> dict[str, str]:

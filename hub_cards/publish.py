@@ -32,12 +32,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from . import stranger
-from .build_card import build_card
+from .build_card import build_card, is_as_built
 from .folder_checks import WEIGHTS, list_files, problems_of
 from .hub_upload import Destination, UploadError, sha256, upload
 
 LONGEST_CHECK = 3600  # seconds, for loading and for the card's snippets
 FILES_HEADING = "## Files"
+SNIPPET = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 CLIMBING = re.compile(r"\.\./\S+")
 
 
@@ -126,7 +127,7 @@ def checked(
         base = _name_base(staged, folder, base_model)
         edited = _write_card(staged, folder, repo_id)
         if edited:
-            say(f"{folder / 'README.md'} differs from what run.json makes of it, and stays as it is.")
+            say(f"{folder / 'README.md'} was edited, or built by an older version: it is kept as it is.")
         files = list_files(staged).files
         problems = list(problems_of(staged, files, folder))
         if problems:
@@ -219,21 +220,21 @@ def _name_base(staged: Path, folder: Path, base_model: str | None) -> tuple[str,
 
 def _write_card(staged: Path, folder: Path, repo_id: str) -> bool:
     """Writes the card with the repo's name in it; returns whether the folder's was edited, and was kept for that."""
-    if not (staged / "run.json").is_file():
+    run, card = _read_json(staged / "run.json"), staged / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if run and (not text or is_as_built(text)):
+        build_card(staged, hub_id=repo_id)
         return False
-    own = folder / "README.md"
-    if own.is_file():
-        # As the run's own command would write it, from the record as it lies there.
-        with tempfile.TemporaryDirectory() as scratch:
-            again = Path(scratch) / staged.name
-            shutil.copytree(
-                staged, again, ignore=shutil.ignore_patterns(*(f"*{end}" for end in WEIGHTS)), symlinks=True
-            )
-            shutil.copyfile(folder / "run.json", again / "run.json")
-            if build_card(again).read_text(encoding="utf-8") != own.read_text(encoding="utf-8"):
-                return True
-    build_card(staged, hub_id=repo_id)
-    return False
+    places = {json.dumps(place) for place in (f"./{staged.name}", run.get("arguments", {}).get("output_dir")) if place}
+
+    def opens_the_repo(snippet: re.Match) -> str:
+        code = snippet[0]
+        for place in places if run else ():
+            code = code.replace(place, json.dumps(repo_id))
+        return code
+
+    card.write_text(SNIPPET.sub(opens_the_repo, text), encoding="utf-8")
+    return bool(run)
 
 
 def _list_files_in_card(staged: Path, files: list[str]) -> None:
@@ -302,8 +303,7 @@ def _met_by_a_stranger(staged: Path, scratch: Path, repo_id: str, base: tuple[st
 
 def _snippets(card: str) -> list[tuple[int, str]]:
     """Every block of Python in a card, with the line on which its code begins."""
-    blocks = re.finditer(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL)
-    return [(card.count("\n", 0, block.start(1)) + 1, block[1]) for block in blocks]
+    return [(card.count("\n", 0, block.start(1)) + 1, block[1]) for block in SNIPPET.finditer(card)]
 
 
 def _say_what_goes(ready: Checked, repo_id: str, say: Callable[[str], None]) -> None:

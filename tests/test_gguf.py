@@ -296,7 +296,7 @@ class TestConvert:
         convert(source, tmp_path / "model.gguf", "gguf")
         with pytest.raises(ValueError, match="is GGUF already"):
             convert(tmp_path / "model.gguf", tmp_path / "other.gguf", "gguf")
-        with pytest.raises(ValueError, match="which has no layout .timm.: choose one of hf_models"):
+        with pytest.raises(ValueError, match=r"which has no layout .timm.: choose one of hf_models"):
             convert(source, tmp_path / "out", "timm")
         (source / "tokenizer.json").write_text("{}")
         with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):

@@ -105,7 +105,7 @@ def test_the_card_names_the_repo_and_every_file_with_its_hash(local_hub, folder,
     card = ModelCard(text)
     assert card.data.library_name == "transformers"
     assert 'from_pretrained("user/tiny"' in text
-    assert 'from_pretrained("./tiny"' not in text
+    assert 'tokenizer = AutoTokenizer.from_pretrained("user/tiny"' in text
     for name, blob in repo.resolve("main").files.items():
         if name not in ("README.md", ".gitattributes"):
             assert f"| `{name}` | {blob.size:,} | `{blob.sha256}` |" in text
@@ -114,11 +114,14 @@ def test_the_card_names_the_repo_and_every_file_with_its_hash(local_hub, folder,
     assert "Files" not in (folder / "README.md").read_text()  # the folder stays as the run left it
 
 
-def test_a_card_that_its_user_edited_is_kept(local_hub, folder, met):
+def test_a_card_that_its_user_edited_is_kept_and_its_code_opens_the_repo(local_hub, folder, met):
     edited = (folder / "README.md").read_text().replace("## Limits", "By our own hands.\n\n## Limits")
     (folder / "README.md").write_text(edited)
     publish(folder, REPO)
-    assert local_hub.repo(REPO).read("README.md").decode().startswith(edited.rstrip("\n"))
+    card = local_hub.repo(REPO).read("README.md").decode()
+    assert "By our own hands." in card
+    assert 'tokenizer = AutoTokenizer.from_pretrained("user/tiny"' in card
+    assert 'tokenizer = AutoTokenizer.from_pretrained("./tiny"' not in card
 
 
 def test_a_dry_run_lists_and_asks_nobody(local_hub, folder, met):
