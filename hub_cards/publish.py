@@ -101,6 +101,9 @@ def publish(
             return None
         api = HfApi(token=token)
         _check_login(api)
+        is_adapter = "adapter_config.json" in ready.files
+        if is_adapter and base_model and not api.repo_exists(base_model):
+            raise UploadError(f"The base, {base_model}, is not on the Hub: publish it first. Nothing was published.")
         message = commit_message or f"Publish {folder.resolve().name}"
         destination = Destination(repo_id, branch=branch, create_pr=create_pr, private=private)
         address = upload(api, ready.folder, ready.files, destination, message, say)

@@ -278,6 +278,9 @@ def test_an_adapter_is_opened_with_its_base_which_it_names_by_its_place_on_the_h
     (adapter / "README.md").write_text(f"---\nlibrary_name: peft\n---\n# Adapter\n\n```python\n{code}```\n")
     with pytest.raises(PublishError, match="names its base by a path"):
         publish(adapter, "user/adapter")
+    with pytest.raises(UploadError, match="publish it first"):
+        publish(adapter, "user/adapter", base_model=REPO)
+    local_hub.api.create_repo(REPO)
     publish(adapter, "user/adapter", base_model=REPO)
     repo = local_hub.repo("user/adapter")
     assert json.loads(repo.read("adapter_config.json"))["base_model_name_or_path"] == REPO
