@@ -271,6 +271,9 @@ def test_samples_are_of_the_last_step_and_say_what_had_not_ended(tmp_path):
     assert f"Prompt `{QUESTION}`:\n\n````text\nIt was ```written``` | by\n\n# a man\n````" in card
     assert "Prompt `Hello!` (the reply had not ended at the limit, and is cut off there):\n" in card
     assert "Not yet." not in card
+    run = without_pictures(tuned_run("sft"))
+    run["samples"][-1] |= {"text": " ", "ended": True}
+    assert "\n\nPrompt `Hello!`: the reply was empty.\n\n" in card_text(tmp_path / "run", run)
 
 
 @pytest.mark.parametrize(

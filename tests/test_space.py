@@ -204,6 +204,13 @@ def test_a_failing_model_is_told_in_a_sentence(chat):
     assert told["content"] == "The model could not write: out of memory"
 
 
+def test_a_model_that_says_nothing_is_told_of(chat):
+    app, model = chat
+    model.model.generate = lambda input_ids, streamer, **_: (streamer.put(input_ids.cpu()), streamer.end())
+    (told,) = app.respond(model, QUESTION, [], 0.0, 8)
+    assert told["content"] == "The model ended without writing anything."
+
+
 @pytest.mark.parametrize("style", ["byte_level", "llama"])
 def test_a_base_model_continues_the_text_as_generate_does(app_of, tmp_path, style):
     folder, tokenizer = tmp_path / "base", tiny_tokenizer(style)

@@ -35,7 +35,7 @@ THINK_TAGS = ("<think>", "</think>")
 
 
 class Refusal(ValueError):
-    """What the page says in place of a text: nothing was asked, too much, or the model failed."""
+    """What the page says in place of a text: nothing was asked, too much, or the model wrote nothing."""
 
 
 class Stop(StoppingCriteria):
@@ -120,7 +120,7 @@ class LanguageModel:
     def write(self, ids: list[int], temperature: float, max_new_tokens: int) -> Iterator[str]:
         """What the model has written after the prompt `ids` so far, again and again as it grows.
 
-        Closing the iterator ends the writing. Raises Refusal where the model fails.
+        Closing the iterator ends the writing. Raises Refusal where the model fails or writes nothing.
         """
         # The streamer gets the prompt too: some tokenizers drop the space at the start of what they decode.
         prompt = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -159,8 +159,8 @@ class LanguageModel:
         if failures:
             raise Refusal(f"The model could not write: {failures[0]}")
         if len(text) <= len(prompt):
-            gr.Info("The model ended without writing anything.")
-        elif stop.tokens >= max_new_tokens:
+            raise Refusal("The model ended without writing anything.")
+        if stop.tokens >= max_new_tokens:
             gr.Info(f"Cut at {max_new_tokens} tokens: more are in the settings.")
 
 
