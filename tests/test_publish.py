@@ -133,6 +133,14 @@ def test_a_dry_run_lists_and_asks_nobody(local_hub, folder, met):
     assert "left out: checkpoint-5/ (for resuming)" in listed
 
 
+def test_a_page_goes_up_as_a_space_that_names_the_repo(local_hub, folder, met):
+    publish(folder, REPO, space=True)
+    page = local_hub.repo(REPO, "space")
+    assert page.sdk == "gradio"
+    assert {"app.py", "requirements.txt", "README.md"} <= set(page.resolve("main").files)
+    assert ModelCard(page.read("README.md").decode()).data.to_dict()["models"] == [REPO]
+
+
 @pytest.mark.parametrize(
     ("plant", "said"),
     [
