@@ -344,6 +344,8 @@ def _publish_space(api: HfApi, staged: Path, repo_id: str, private: bool | None,
         files = list_files(page).files
         destination = Destination(repo_id, repo_type="space", private=private, space_sdk="gradio")
         say(f"Published: {upload(api, page, files, destination, f'Page of {repo_id}', say)}")
+    if private:
+        say("To open a private model the Space needs a token that may read it, in its settings as the secret HF_TOKEN.")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
