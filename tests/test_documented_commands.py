@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 from documented_commands import (
+    COMING_MODULES,
     MARKDOWN,
     PACKAGES,
     ROOT,
@@ -15,6 +16,7 @@ from documented_commands import (
     documented_commands,
     expand,
     fields_of,
+    is_coming,
     markdown_blocks,
     parse,
 )
@@ -22,24 +24,11 @@ from documented_commands import (
 COMMANDS = documented_commands()
 # Numbers and choices that a page leaves open.
 OPEN_VALUES = {"N": "2", "LAYOUT": "hf_models"}
-# Parts of issue 6 that are written elsewhere at the time of this page: to be removed with the last of them.
-COMING_MODULES = ("hub_cards.publish", "hub_cards.preview", "hub_cards.space")
-COMING_LAYOUTS = ("gguf", "onnx", "torch_export")
 # Of argparse, TrlParser, launchers and servers; the last is convert's, for GGUF.
 OTHERS_OPTIONS = {"help", "config", "config_file", "nproc_per_node", "trust-remote-code", "outtype"}
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 RECIPES = re.compile(r"[Rr]ecipes?(?: the)? ((?:`[\w{},…]+`(?:, (?:and )?| and (?:the )?)?)+)")
-
-
-def is_coming(command):
-    if command.module in COMING_MODULES and importlib.util.find_spec(command.module) is None:
-        return True
-    if command.module == "hf_models.convert":
-        from hf_models.convert import LAYOUTS
-
-        return any(word in COMING_LAYOUTS and word not in LAYOUTS for word in command.words)
-    return False
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.module], ids=lambda c: c.text)

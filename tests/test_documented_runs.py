@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from command_process import run_code, run_module
-from documented_commands import MARKDOWN, ROOT, documented_commands, markdown_blocks
+from documented_commands import MARKDOWN, ROOT, documented_commands, is_coming, markdown_blocks
 from PIL import Image
 from tiny_solver import SOLUTIONS
 
@@ -49,7 +49,7 @@ NOT_RUN = {
     "python -m training.evaluate --model FOLDER --tasks arc_easy": NEEDS_HUB,
     "python -m training.evaluate --model runs/sft --tasks wikipedia_leads_title arc_easy": NEEDS_HUB,
     "lm_eval": NEEDS_HUB,
-    "python -m hub_cards.publish FOLDER --repo_id user/name --private": NEEDS_HUB,
+    "python -m hub_cards.publish FOLDER --repo_id": NEEDS_HUB,
     "python -m hub_cards.space FOLDER": f"{ELSEWHERE}, in a browser",
     "python -m hub_cards.preview FOLDER": f"{ELSEWHERE}, in a browser",
     "transformers serve": f"{ELSEWHERE}, test_transformers_serve.py",
@@ -189,6 +189,8 @@ class Workshop:
                 self.make(path)
         if output and self.maker[output] != command:  # it has been made in another way
             words = [*words, "--output_dir", f"{output}_{len(self.done)}"]
+        elif not output and command.module in CUTS and "--eval_steps" in words:  # the default's folder, of several
+            words = [*words, "--output_dir", f"runs/unnamed/{len(self.done)}"]
         module, *arguments = words
         check(command.text, *run_module(module, arguments, self.folder))
 
@@ -199,9 +201,11 @@ class Workshop:
         """Files of the user's own, and weights as others have published them."""
         (self.folder / "notes.txt").write_text("\n".join(file.read_text(encoding="utf-8") for file in MARKDOWN))
         chat = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello to you!"}]
-        self._write_rows("chats.jsonl", [{"messages": chat}] * 60)
+        self._write_rows("chats.jsonl", [{"messages": chat}] * 1000)
         answers = zip(SOLUTIONS, ("5", "8", "6"), strict=True)
-        self._write_rows("problems.jsonl", [{"question": question, "answer": answer} for question, answer in answers])
+        problems = [{"question": question, "answer": answer} for question, answer in answers]
+        problems += [{"question": f"What is {number}+2?", "answer": str(number + 2)} for number in range(10, 50)]
+        self._write_rows("problems.jsonl", problems)
         self._write_rows("questions.jsonl", [{"prompt": "What is 2+3?", "answer": "5"}])
         for number in range(48):
             split, kind = "test" if number % 6 == 0 else "train", ("cats", "dogs")[number % 2]
@@ -243,6 +247,8 @@ def test_everything_else_is_of_a_module_of_ours():
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not_run(c) is None], ids=lambda c: c.text)
 def test_command_runs(command, workshop):
+    if is_coming(command):
+        pytest.skip("written elsewhere")
     workshop.run(command)
 
 

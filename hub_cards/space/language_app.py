@@ -32,6 +32,7 @@ SPACE = json.loads(Path(__file__).with_name("space.json").read_text(encoding="ut
 MODEL = os.environ.get("MODEL") or SPACE["model"]
 LONGEST_REPLY = 2048  # tokens, where the context has room for so many
 THINK_TAGS = ("<think>", "</think>")
+ANSWER_TAGS = re.compile("</?answer>")  # of models that are rewarded for them; people read what is between them
 
 
 class Refusal(ValueError):
@@ -201,7 +202,7 @@ def _reply(
     start = opened if model.tokenizer.decode(ids[-8:]).rstrip().endswith(opened) else ""
     text = ""
     for piece in model.write(ids, temperature, max_new_tokens):
-        text = start + piece
+        text = start + ANSWER_TAGS.sub("", piece)
         yield text
     if text.rfind(opened) > text.rfind(closed):
         yield text + closed  # cut while it thought: the page stops waiting for the rest
