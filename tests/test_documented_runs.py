@@ -114,7 +114,7 @@ PLACEHOLDERS = {
         "LAYOUT": "transformers",
     },
 }
-VISION_LAYOUTS = ("timm", "official", "official_sparse", "onnx")
+VISION_LAYOUTS = ("official", "official_sparse", "onnx")
 
 
 def not_run(command):
@@ -151,6 +151,8 @@ class Workshop:
             layout = option(command.words, "--to")
             if layout in VISION_LAYOUTS:
                 fills["FOLDER"] = "runs/quickstart/classifier"
+            if layout == "timm":  # whose models have four stages, the quickstart's three
+                fills["FOLDER"] = fills["SRC"] = "convnextv2_atto_1k_224_ema.pt"
             if layout == "official_sparse":
                 fills["SRC"] = "runs/quickstart/pretrained_vision"
             fills |= {

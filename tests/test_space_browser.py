@@ -104,7 +104,7 @@ def wait(browser, condition, what):
     while time.monotonic() < deadline:
         if found := condition():
             return found
-        time.sleep(0.05)
+        time.sleep(0.2)
     raise AssertionError(f"{what} did not appear; the page says: {browser.find_element('tag name', 'body').text}")
 
 

@@ -287,7 +287,7 @@ def text_page(model: LanguageModel) -> gr.Blocks:
         text = gr.Textbox(label="Text", lines=8, max_lines=20, placeholder=SPACE["placeholder"], autofocus=True)
         with gr.Row():
             go = gr.Button("Continue", variant="primary", min_width=100)
-            stop = gr.Button("Stop", variant="stop", min_width=100)
+            stop = gr.Button("Stop", min_width=100)
             gr.ClearButton(text, value="Clear", min_width=100)
         gr.Examples([[example] for example in SPACE["examples"]], text)
         with gr.Accordion("Settings", open=False):
@@ -327,4 +327,4 @@ def build_page() -> gr.Blocks:
 
 if __name__ == "__main__":
     # One reply at a time: two would share the same cores. Others wait in the queue and see their place in it.
-    build_page().queue(max_size=30, default_concurrency_limit=1).launch(footer_links=["api", "settings"])
+    build_page().queue(max_size=30, default_concurrency_limit=1).launch(footer_links=["settings"])
