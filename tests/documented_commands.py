@@ -21,7 +21,6 @@ from typing import NamedTuple
 import pytest
 
 import training.tuning
-from hf_models.convert import LAYOUTS
 from training.quickstart import PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,9 +44,6 @@ STARTS = (
 )
 # Other people's commands, which the migration page names beside ours.
 FOREIGN = ("make evaluate",)
-# Parts of issue 6 that are written elsewhere at the time of this page: to be removed with the last of them.
-COMING_MODULES = ("hub_cards.publish", "hub_cards.preview", "hub_cards.space")
-COMING_LAYOUTS = ("gguf", "onnx", "torch_export")
 # What is put before a command, and none by itself.
 LAUNCHERS = ("python -m", "accelerate launch", "torchrun --nproc_per_node N")
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -149,14 +145,6 @@ def fields_of(module: str) -> set[str]:
         with contextlib.suppress(ParsedError):
             command.main()
     return found
-
-
-def is_coming(command: Command) -> bool:
-    """Whether it is of a part that is not merged yet."""
-    if command.module in COMING_MODULES:
-        return importlib.util.find_spec(command.module) is None
-    layouts = {word for word in command.words if word in COMING_LAYOUTS}
-    return command.module == "hf_models.convert" and not layouts <= {*LAYOUTS}
 
 
 def expand(text: str) -> list[str]:

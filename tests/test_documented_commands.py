@@ -8,7 +8,6 @@ from functools import cache
 
 import pytest
 from documented_commands import (
-    COMING_MODULES,
     MARKDOWN,
     PACKAGES,
     ROOT,
@@ -16,7 +15,6 @@ from documented_commands import (
     documented_commands,
     expand,
     fields_of,
-    is_coming,
     markdown_blocks,
     parse,
 )
@@ -35,8 +33,6 @@ RECIPES = re.compile(r"[Rr]ecipes?(?: the)? ((?:`[\w{},…]+`(?:, (?:and )?| and
 def test_its_module_takes_its_arguments(command):
     if command.module == "training.NAME":
         return
-    if is_coming(command):
-        pytest.skip("written elsewhere")
     assert importlib.util.find_spec(command.module), f"{command.place} names {command.module}, which there is not"
     arguments = [OPEN_VALUES.get(word, word) for word in command.arguments]
     if arguments[-1:] == ["--config"]:  # of a recipe that a docstring leaves open
@@ -79,8 +75,6 @@ def spans_of_ours(file):
 
 @pytest.mark.parametrize("file", MARKDOWN, ids=lambda file: file.name)
 def test_fields_that_are_named_alone_exist(file):
-    if file.name == "publishing.md" and any(importlib.util.find_spec(name) is None for name in COMING_MODULES):
-        pytest.skip("written elsewhere")
     named = {re.match(r"--([\w-]+)", span)[1] for span in spans_of_ours(file) if re.match(r"--\w", span)}
     assert named - known_fields() - OTHERS_OPTIONS == set()
 
