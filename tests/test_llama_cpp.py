@@ -62,7 +62,15 @@ def open_gguf(path: Path):
     """In float32 throughout: the cache is half precision by default."""
     float32 = 0
     return llama_cpp.Llama(
-        str(path), n_ctx=CONTEXT, logits_all=True, type_k=float32, type_v=float32, flash_attn=False, verbose=False
+        str(path),
+        n_ctx=CONTEXT,
+        n_threads=1,
+        n_threads_batch=1,
+        logits_all=True,
+        type_k=float32,
+        type_v=float32,
+        flash_attn=False,
+        verbose=False,
     )
 
 
