@@ -113,7 +113,7 @@ def points_of(history: list[dict[str, Any]], key: str) -> list[Point]:
 
 def _loss_figure(loss: list[Point], held_out_loss: list[Point], label: str) -> Figure:
     figure, axes = new_figure(WIDE, title="Loss", y_label=label)
-    if loss:
+    if len(loss) > 1:  # a single point would be a line in the legend alone
         axes.plot(*zip(*loss, strict=True), color=TRAINING, label="training")
     if held_out_loss:
         axes.plot(*zip(*held_out_loss, strict=True), color=HELD_OUT, marker="o", markersize=4, label="held-out")

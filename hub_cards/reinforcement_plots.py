@@ -128,7 +128,7 @@ def _pass_figure(history: list[dict[str, Any]]) -> Figure:
 def _lines_figure(title: str, label: str, lines: dict[str, tuple[Curve, str, str | None]]) -> Figure:
     figure, axes = new_figure(HALF, title=title, y_label=label)
     for name, (points, color, marker) in lines.items():
-        if points:
+        if len(points) > 1 or (points and marker):  # a point without a marker is not to be seen
             axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, label=name)
     if label == "share":
         axes.yaxis.set_major_formatter(PERCENT)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from card_runs import card_text, write_run
+from card_runs import card_text, python_snippets, write_run
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from test_hub_cards import full_run, tokenizer_run
 from test_hub_cards_reinforcement import grpo_run, r1_run
@@ -100,7 +100,7 @@ def test_a_card_for_the_hub_knows_its_address_and_no_folder_beside_the_reader(tm
     folder = write_run(tmp_path / "run", RUNS[name]() | {"history": []})
     card = build_card(folder, hub_id="someone/small-model").read_text(encoding="utf-8")
     assert "\n# small-model\n" in card
-    opened = re.findall(r'from_pretrained\("(.*?)"', "".join(re.findall("```python\n.*?```", card, flags=re.DOTALL)))
+    opened = re.findall(r'(?:from_pretrained\(|adapter = )"(.*?)"', python_snippets(card))
     assert set(opened) == {"someone/small-model"}
     if "### In other tools" in card:
         assert "hf download someone/small-model --local-dir small-model\n" in card
