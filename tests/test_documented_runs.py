@@ -36,6 +36,7 @@ NOT_RUN = {
     "make demo-r1": LONG,
     "make test": WHOLE_SUITE,
     "make lint": WHOLE_SUITE,
+    "make llama-cpp": NEEDS_REGISTRY,
     "python -m training.quickstart": LONG,
     "python -m training.r1 --base FOLDER": f"{ELSEWHERE}, test_r1.py",
     "python -m training.r1 --config": f"{ELSEWHERE}, test_r1.py, with shorter recipes",
