@@ -51,15 +51,14 @@ def build_space(folder: Path, destination: Path, repo_id: str | None = None) -> 
     Args:
         folder: a finished run folder, an adapter's folder, or a transformers folder.
         destination: a new or empty folder, or an earlier Space, which is replaced.
-        repo_id: under which the model is published, "user/name"; where neither this nor the run says one, the app
-            asks the environment variable MODEL which model to open.
+        repo_id: under which the model is published, "user/name"; without it, the app asks the environment variable
+            MODEL which model to open.
 
     Raises ValueError, before anything is written, where there is no page for such a folder, and where `destination`
     holds other files.
     """
     folder, destination = Path(folder), Path(destination)
     run = _read_run(folder)
-    repo_id = repo_id or run.get("hub_id")
     settings = _describe(folder, run, repo_id)
     if destination.is_dir() and any(destination.iterdir()) and not (destination / SETTINGS).is_file():
         raise ValueError(f"{destination} holds files that are no Space of ours: choose another folder, or empty it.")
