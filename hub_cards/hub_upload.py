@@ -4,6 +4,7 @@ Large files are uploaded before the commit, by their content: what arrived befor
 commit is one request, so a reader finds the old files or the new ones and never some of each.
 """
 
+import contextlib
 import hashlib
 import random
 import re
@@ -49,7 +50,13 @@ class Destination(NamedTuple):
 
 
 def upload(
-    api: HfApi, folder: Path, files: Iterable[str], destination: Destination, message: str, say: Callable = print
+    api: HfApi,
+    folder: Path,
+    files: Iterable[str],
+    destination: Destination,
+    message: str,
+    say: Callable = print,
+    delete: bool = True,
 ) -> str:
     """Publishes `files` of `folder`; returns the commit's address, or the pull request's.
 
@@ -60,50 +67,54 @@ def upload(
     Args:
         message: the commit's, in one line.
         say: is told, in a line, of what is waited for.
+        delete: whether what a former publication listed, and is not among `files`, goes.
 
     Raises UploadError, in one sentence, where the Hub refuses, cannot be reached after several tries, or changed
     meanwhile; the repo is then as it was (or new, and empty).
     """
     repo = {"repo_id": destination.repo_id, "repo_type": destination.repo_type}
 
-    def patiently(what: str, action: Callable[[], Result]) -> Result:
-        return _patiently(what, action, destination, say)
+    def wait_for(what: str, action: Callable[[], Result]) -> Result:
+        return patiently(what, action, destination.name, say)
 
-    url = patiently(
+    url = wait_for(
         "making the repo",
         lambda: api.create_repo(**repo, private=destination.private, exist_ok=True, space_sdk=destination.space_sdk),
     )
     repo["repo_id"] = url.repo_id  # with the user's name where it was left off
     if destination.branch:
-        patiently("making the branch", lambda: api.create_branch(**repo, branch=destination.branch, exist_ok=True))
+        wait_for("making the branch", lambda: api.create_branch(**repo, branch=destination.branch, exist_ok=True))
     revision = {"revision": destination.branch or "main"}
-    info = patiently("asking for the repo's state", lambda: api.repo_info(**repo, **revision))
+    info = wait_for("asking for the repo's state", lambda: api.repo_info(**repo, **revision))
     if destination.private and not info.private:
         raise UploadError(
             f"{destination.name} is there and public: make it private on the Hub, or leave off --private."
         )
     head = info.sha
     files = sorted(files)
-    present = patiently("listing the repo", lambda: _listing(api, repo, head))
+    present = wait_for("listing the repo", lambda: _listing(api, repo, head))
     marker = content_hash(folder, files)
-    if destination.create_pr and (open_one := patiently("listing pull requests", lambda: _same_pr(api, repo, marker))):
+    if destination.create_pr and (open_one := wait_for("listing pull requests", lambda: _same_pr(api, repo, marker))):
         return open_one
 
     operations = [CommitOperationAdd(name, folder / name) for name in files]
     for operation in operations:  # one by one: each has all its tries
-        patiently(
+        wait_for(
             f"uploading {operation.path_in_repo}",
             lambda operation=operation: api.preupload_lfs_files(
                 **repo, **revision, additions=[operation], create_pr=destination.create_pr, free_memory=False
             ),
         )
-    gone = sorted((_listed_before(api, repo, head, present) & present.keys()) - set(files))
+    gone = []
+    if delete:
+        listed = wait_for("reading the former card", lambda: _listed_before(api, repo, head, present))
+        gone = sorted((listed & present.keys()) - set(files))
     operations += [CommitOperationDelete(name) for name in gone]
 
     def commit():
         if destination.create_pr and (found := _same_pr(api, repo, marker)):  # the answer to a former try was lost
             return found
-        if not destination.create_pr and _is_published(folder, files, gone, _listing(api, repo, revision["revision"])):
+        if not destination.create_pr and _is_published(folder, files, gone, _listing(api, repo, **revision)):
             sha = api.repo_info(**repo, **revision).sha
             return f"{url}/commit/{sha}"
         made = api.create_commit(
@@ -117,7 +128,13 @@ def upload(
         )
         return made.pr_url or made.commit_url
 
-    return patiently("committing", commit)
+    try:
+        return wait_for("committing", commit)
+    except UploadError:
+        with contextlib.suppress(Exception):  # the last try may have arrived, and its answer been lost
+            if not destination.create_pr and _is_published(folder, files, gone, _listing(api, repo, **revision)):
+                return f"{url}/commit/{api.repo_info(**repo, **revision).sha}"
+        raise
 
 
 def content_hash(folder: Path, files: Iterable[str]) -> str:
@@ -133,25 +150,24 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _patiently(what: str, action: Callable[[], Result], destination: Destination, say: Callable) -> Result:
+def patiently(what: str, action: Callable[[], Result], name: str, say: Callable) -> Result:
     """Does `action`, again after a while where the connection broke or the Hub has a passing trouble."""
     for tries_left in range(TRIES - 1, -1, -1):
         try:
             return action()
         except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise UploadError(
-                f"{destination.name}: the Hub knows no such repo or branch, or your token may not see it."
-            ) from error
+            raise UploadError(f"{name}: the Hub knows no such repo or branch, or your token may not see it.") from error
         except (httpx.TransportError, OSError, RuntimeError) as raised:
-            error = raised.__cause__ if type(raised) is RuntimeError else raised  # huggingface_hub's, around an upload
+            # huggingface_hub puts a RuntimeError around what ends an upload; Xet's own has nothing inside.
+            error = (raised.__cause__ or raised) if type(raised) is RuntimeError else raised
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             if status is not None and (status not in TEMPORARY or not tries_left):
-                raise UploadError(_refusal(what, destination, status, error)) from raised
-            if not isinstance(error, httpx.TransportError | OSError):
+                raise UploadError(_refusal(what, name, status, error)) from raised
+            if not isinstance(error, httpx.TransportError | OSError) and error is not raised:
                 raise
             if not tries_left:
                 raise UploadError(
-                    f"{destination.name}: {what} failed {TRIES} times, the last time by {type(error).__name__} "
+                    f"{name}: {what} failed {TRIES} times, the last time by {type(error).__name__} "
                     f"({error}). Nothing was published; give the same command again."
                 ) from raised
             wait = _asked_wait(error) if status else None
@@ -167,7 +183,7 @@ def _asked_wait(error: HfHubHTTPError) -> float | None:
     return min(LONGEST_WAIT, float(seconds)) if seconds.isdigit() else None
 
 
-def _refusal(what: str, destination: Destination, status: int, error: Exception) -> str:
+def _refusal(what: str, name: str, status: int, error: Exception) -> str:
     said = " ".join(str(getattr(error, "server_message", None) or error).split())[:300]
     if status == 401:
         mend = "your token is not known: `hf auth login` with one that may write"
@@ -177,7 +193,7 @@ def _refusal(what: str, destination: Destination, status: int, error: Exception)
         mend = "the repo changed meanwhile: look at it, and give the same command again"
     else:
         mend = "give the same command again"
-    return f"{destination.name}: {what} was refused ({status}: {said}). Nothing was published; {mend}."
+    return f"{name}: {what} was refused ({status}: {said}). Nothing was published; {mend}."
 
 
 def _listing(api: HfApi, repo: dict[str, str], revision: str) -> dict[str, RepoFile]:

@@ -34,7 +34,7 @@ from huggingface_hub.utils import validate_repo_id
 from . import stranger
 from .build_card import build_card, is_as_built
 from .folder_checks import WEIGHTS, list_files, problems_of
-from .hub_upload import Destination, UploadError, sha256, upload
+from .hub_upload import Destination, UploadError, patiently, sha256, upload
 
 LONGEST_CHECK = 3600  # seconds, for loading and for the card's snippets
 FILES_HEADING = "## Files"
@@ -66,6 +66,7 @@ def publish(
     space: bool = False,
     dry_run: bool = False,
     commit_message: str | None = None,
+    delete: bool = True,
     token: str | None = None,
     say: Callable[[str], None] = print,
 ) -> str | None:
@@ -80,6 +81,7 @@ def publish(
         base_model: the Hub's id of what the model or adapter began with, where the run names it by a path.
         space: make a Space of the same name too, a page where people can try the model.
         dry_run: check and list, and do not ask the Hub for anything.
+        delete: whether files that a former publication listed, and that are gone from the folder, go there too.
         token: the Hub's; by default the one that `hf auth login` stored.
         say: is told, line by line, what is done.
 
@@ -102,14 +104,21 @@ def publish(
         api = HfApi(token=token)
         _check_login(api)
         is_adapter = "adapter_config.json" in ready.files
-        if is_adapter and base_model and not api.repo_exists(base_model):
+        if (
+            is_adapter
+            and base_model
+            and not patiently("asking for the base", lambda: api.repo_exists(base_model), base_model, say)
+        ):
             raise UploadError(f"The base, {base_model}, is not on the Hub: publish it first. Nothing was published.")
         message = commit_message or f"Publish {folder.resolve().name}"
         destination = Destination(repo_id, branch=branch, create_pr=create_pr, private=private)
-        address = upload(api, ready.folder, ready.files, destination, message, say)
+        address = upload(api, ready.folder, ready.files, destination, message, say, delete)
         say(f"Published: {address}")
         if space:
-            _publish_space(api, ready.folder, repo_id, private, say)
+            try:
+                _publish_space(api, ready.folder, repo_id, say)
+            except ValueError as error:
+                raise UploadError(f"The model is published, its page is not: {error}") from error
     return address
 
 
@@ -125,10 +134,18 @@ def checked(
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "folder" / folder.resolve().name
         for name in listing.files:
-            _stage(folder / name, staged / name)
-        _shorten_paths(staged)
-        base = _name_base(staged, folder, base_model)
-        edited = _write_card(staged, folder, repo_id)
+            _stage(folder / name, staged / name, folder)
+        try:
+            _shorten_paths(staged)
+            base = _name_base(staged, folder, base_model)
+            edited = _write_card(staged, folder, repo_id)
+        except PublishError:
+            raise
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise PublishError(
+                f"{folder}: run.json or README.md is not as a run leaves it ({type(error).__name__}: {error}): restore "
+                "it, or build the card anew with python -m hub_cards.build_card."
+            ) from error
         if edited:
             say(f"{folder / 'README.md'} was edited, or built by an older version: it is kept as it is.")
         files = list_files(staged).files
@@ -160,14 +177,19 @@ def _listed(folder: Path):
     return listing
 
 
-def _stage(source: Path, target: Path) -> None:
+def _stage(source: Path, target: Path, folder: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if source.name.endswith(WEIGHTS) and source.exists():
-        target.symlink_to(source.resolve())
-    elif source.exists():
-        shutil.copyfile(source, target)
+    if not source.is_file():
+        target.symlink_to(source)  # a link to nothing, or no file at all: the checks name it
+        return
+    place = source.resolve()
+    # In a download of the Hub's every file is a link into `blobs`.
+    if not place.is_relative_to(folder.resolve()) and place.parent.name != "blobs":
+        raise PublishError(f"{source} is a link to a file outside the folder: put a copy in its place, or remove it.")
+    if source.name.endswith(WEIGHTS):
+        target.symlink_to(place)
     else:
-        target.symlink_to(source)  # a link to nothing, which the checks then name
+        shutil.copyfile(source, target)
 
 
 def _shorten_paths(staged: Path) -> None:
@@ -275,7 +297,7 @@ def _met_by_a_stranger(staged: Path, scratch: Path, repo_id: str, base: tuple[st
     card = (staged / "README.md").read_text(encoding="utf-8")
     job.write_text(json.dumps({"folder": repo_id, "snippets": _snippets(card), "recorded": recorded}), encoding="utf-8")
     # No secrets, no GPU, no other process's rank, no cache in which something of ours might lie.
-    kept = {name: value for name, value in os.environ.items() if not re.search(r"(?i)token|secret|passw|_key$", name)}
+    kept = {name: value for name, value in os.environ.items() if not re.search(r"(?i)token|secret|passw|_key", name)}
     kept = {name: value for name, value in kept.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment = kept | {
         "CUDA_VISIBLE_DEVICES": "",
@@ -336,13 +358,15 @@ def _stored_token() -> str | None:
     return get_token()
 
 
-def _publish_space(api: HfApi, staged: Path, repo_id: str, private: bool | None, say: Callable[[str], None]) -> None:
+def _publish_space(api: HfApi, staged: Path, repo_id: str, say: Callable[[str], None]) -> None:
     from .space import build_space
 
+    # A page shows what its model is: a private one's is private too.
+    private = patiently("asking for the repo's state", lambda: api.repo_info(repo_id).private, repo_id, say)
     with tempfile.TemporaryDirectory() as scratch:
         page = build_space(staged, Path(scratch) / "space", repo_id)
         files = list_files(page).files
-        destination = Destination(repo_id, repo_type="space", private=private, space_sdk="gradio")
+        destination = Destination(repo_id, repo_type="space", private=private or None, space_sdk="gradio")
         say(f"Published: {upload(api, page, files, destination, f'Page of {repo_id}', say)}")
     if private:
         say("To open a private model the Space needs a token that may read it, in its settings as the secret HF_TOKEN.")

@@ -1,13 +1,16 @@
 """`push_to_hub` of our models: checked and uploaded as `hub_cards.publish` does it with a run folder."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel
 
 from . import stranger
+from .folder_checks import WEIGHTS, list_files
+from .hub_upload import patiently
 from .publish import publish
 
 PIPELINE_TAGS = {
@@ -32,8 +35,8 @@ def push_model(
 ) -> str:
     """Publishes a model of ours in `repo_id`, with its code; returns the address of the commit or pull request.
 
-    A card in the repo stays; without one, a short card says how the model is opened, and that nobody recorded how it
-    was trained. A run folder, which knows that, is published by `python -m hub_cards.publish`.
+    The card and the other files in the repo stay; without a card, a short one says how the model is opened, and that
+    nobody recorded how it was trained. A run folder, which knows that, is published by `python -m hub_cards.publish`.
 
     Args:
         revision: the branch; by default main.
@@ -44,8 +47,9 @@ def push_model(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / repo_id.split("/")[-1]
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        card = _card_of(repo_id, revision, token) or _short_card(model, folder, repo_id, tags)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        _bring_what_is_there(folder, repo_id, revision, token)
+        if not (folder / "README.md").is_file():
+            (folder / "README.md").write_text(_short_card(model, folder, repo_id, tags), encoding="utf-8")
         return publish(
             folder,
             repo_id,
@@ -53,17 +57,39 @@ def push_model(
             branch=revision,
             create_pr=create_pr,
             commit_message=commit_message or f"Upload {type(model).__name__}",
+            delete=False,
             token=token,
         )
 
 
-def _card_of(repo_id: str, revision: str | None, token: str | None) -> str | None:
-    """The card that lies in the repo; None where there is none."""
-    try:
-        path = HfApi(token=token).hf_hub_download(repo_id, "README.md", revision=revision)
-    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-        return None
-    return Path(path).read_text(encoding="utf-8")
+def _bring_what_is_there(folder: Path, repo_id: str, revision: str | None, token: str | None) -> None:
+    """Copies the repo's card, and what its snippets may need beside a model, into `folder`, where that has it not.
+
+    `run.json` stays away: what a run recorded is not of this model.
+    """
+    api = HfApi(token=token)
+
+    def newest(wanted: str | None) -> str | None:
+        try:
+            return api.repo_info(repo_id, revision=wanted).sha
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            return None
+
+    head = patiently("asking for the repo's state", lambda: newest(revision) or newest(None), repo_id, print)
+    if head is None:
+        return
+    left_out = [f"*{end}" for end in WEIGHTS] + ["*.safetensors.index.json", "run.json", ".gitattributes"]
+    with tempfile.TemporaryDirectory() as scratch:
+        patiently(
+            "reading the repo",
+            lambda: api.snapshot_download(repo_id, revision=head, local_dir=scratch, ignore_patterns=left_out),
+            repo_id,
+            print,
+        )
+        for name in list_files(Path(scratch)).files:
+            if not (folder / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(Path(scratch) / name, folder / name)
 
 
 def _short_card(model: PreTrainedModel, folder: Path, repo_id: str, tags: list[str] | None) -> str:

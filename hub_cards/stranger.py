@@ -198,8 +198,8 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     """Goes through a folder; returns `loaded` (what opened it), `problem` (the first one, or None) and `outputs`.
 
     Args:
-        job: `folder`, its path; `snippets`, pairs of a line in the card and Python code, run in this order in one
-            namespace; `recorded`, the outputs that the run recorded, or None.
+        job: `folder`, its path; `snippets`, pairs of a line in the card and Python code, run in this order, each that
+            opens a model on its own; `recorded`, the outputs that the run recorded, or None.
     """
     folder = Path(job["folder"])
     findings: dict[str, Any] = {"loaded": [], "snippets": 0, "outputs": None, "problem": None}
@@ -215,11 +215,15 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
         if job["recorded"] and (difference := compare(job["recorded"], findings["outputs"])):
             findings["problem"] = f"what it computes is not what the run recorded: {difference}."
             return findings
-        namespace: dict[str, Any] = {"__name__": "__main__"}
+        namespace: dict[str, Any] = {}
         if job["snippets"]:
             _draw().save("photo.jpg")  # the reader's own, which the cards of image models ask for
         for line, code in job["snippets"]:
             what = f"README.md, the snippet at line {line}"
+            if "from_pretrained(" in code or "pipeline(" in code:
+                # It opens a model of its own: the one before it would take as much memory again.
+                namespace = {"__name__": "__main__"}
+                gc.collect()
             # Moved down, so that a traceback has the card's own lines.
             exec(compile("\n" * (line - 1) + code, "README.md", "exec"), namespace)
             findings["snippets"] += 1

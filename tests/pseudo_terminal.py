@@ -37,7 +37,7 @@ class Terminal:
         self.process.wait()
         os.close(self.ours)
 
-    def until(self, awaited, seconds=60):
+    def until(self, awaited, seconds=180):
         """What is shown next, up to and with `awaited`; all that is left for None."""
         deadline = time.monotonic() + seconds
         while awaited is None or awaited not in self.shown:

@@ -138,7 +138,6 @@ def test_the_users_own_secrets_are_looked_for_everywhere(folder, monkeypatch):
         "import einops",
         "from hf_models.llama_style import LlamaStyleModel",
         "    import numpy as np",
-        "x = __import__('flash_attn')",
         "import importlib; importlib.import_module('timm.layers')",
     ],
 )
@@ -148,9 +147,70 @@ def test_a_foreign_import_is_refused_with_file_and_line(folder, line):
     assert the_problem(folder).startswith("modeling_tiny.py, line 5: imports ")
 
 
-def test_code_that_opens_pickles_is_refused(folder):
-    (folder / "modeling_tiny.py").write_text("import pickle\n")
-    assert the_problem(folder).startswith("modeling_tiny.py, line 1: imports pickle")
+@pytest.mark.parametrize(
+    "line", ["import pickle", "from _pickle import loads", "torch.load('x')", "torch.load('x', weights_only=False)"]
+)
+def test_code_that_opens_pickles_is_refused(folder, line):
+    (folder / "modeling_tiny.py").write_text(f"{CODE}{line}\n")
+    assert the_problem(folder).startswith("modeling_tiny.py, line 4: ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x = __import__('numpy')",
+        "exec('import numpy')",
+        "import importlib; importlib.import_module(name)",
+        "from importlib import import_module as im",
+    ],
+)
+def test_code_that_hides_what_it_imports_is_refused(folder, line):
+    (folder / "modeling_tiny.py").write_text(f"{CODE}{line}\n")
+    assert the_problem(folder).startswith("modeling_tiny.py, line 4: ")
+
+
+def test_what_models_and_files_are_evaluated_with_is_no_hidden_import(folder):
+    (folder / "modeling_tiny.py").write_text(
+        "#!/usr/bin/env python\nimport re\nimport torch\nmodel.eval()\ntorch.compile(model)\nre.compile('x')\n"
+        "torch.load('x', weights_only=True)\n"
+    )
+    assert problems(folder) == []
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "model.gguf", "model.onnx"])
+def test_an_old_pickle_under_a_name_of_weights_is_refused(folder, name):
+    (folder / name).write_bytes(pickle.dumps({"weight": [1.0]}, protocol=0))
+    assert the_problem(folder).startswith(f"{name}: is ")
+
+
+def test_tokens_are_found_in_names_pictures_and_vocabularies(folder):
+    (folder / f"{TOKEN}.txt").write_text("x")
+    assert the_problem(folder).startswith(f"{TOKEN}.txt: its name holds a Hugging Face token")
+    (folder / f"{TOKEN}.txt").unlink()
+    (folder / "card_assets" / "loss.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00tEXtkey\x00 " + TOKEN.encode())
+    assert the_problem(folder).startswith("card_assets/loss.png: holds a Hugging Face token")
+    (folder / "card_assets" / "loss.png").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps({"vocab": {TOKEN: 0}}))
+    assert the_problem(folder).startswith("tokenizer.json, line 1: holds a Hugging Face token")
+
+
+@pytest.mark.parametrize(
+    "spelled", [r"\/home\/alice\/x", r"\u002fhome\u002falice", r"D:\\models\\base", "/projects/me/x"]
+)
+def test_a_path_is_found_however_json_spells_it(folder, spelled):
+    (folder / "run.json").write_text(f'{{\n"status": "finished",\n"_name_or_path": "{spelled}"\n}}')
+    assert "run.json" in the_problem(folder)
+    assert "machine's path" in the_problem(folder)
+
+
+def test_what_is_no_secret_passes(folder):
+    (folder / "README.md").write_text(
+        'The en-sk-translation-model-large-v2, with `api_key = "YOUR_API_KEY_HERE"`, HF_TOKEN=hf_' + "x" * 34 + ".\n\n"
+        "```text\ncd /home/someone/project\n```\n"
+    )
+    (folder / "run.json").write_text(json.dumps({"samples": [{"text": "#!/usr/bin/env python\ncd /home/someone/x"}]}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"prompt": "Q:\nA:\nB:\n", "eos_token": "<|im_end|>"}))
+    assert problems(folder) == []
 
 
 @pytest.mark.parametrize("line", ["from . import configuration_tiny", "from ..up import x", "from .sub.mod import x"])

@@ -238,7 +238,9 @@ class TestRefusals:
             save_checkpoint(classifier, tmp_path, "transformers")
 
     def test_saving_in_an_unknown_layout(self, tmp_path):
-        with pytest.raises(ValueError, match="No layout 'onnx': choose one of hf_models, transformers, torch_export"):
+        with pytest.raises(
+            ValueError, match="No layout 'onnx': choose one of hf_models, transformers, gguf, torch_export"
+        ):
             save_checkpoint(ours(), tmp_path, "onnx")
 
 

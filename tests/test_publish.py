@@ -154,6 +154,10 @@ def test_a_page_goes_up_as_a_space_that_names_the_repo(local_hub, folder, met):
         (lambda folder: change(folder / "run.json", status="running"), "holds a run that is not finished"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no weights as safetensors"),
         (lambda folder: (folder / "run.json").write_text("{"), "run.json is not readable as JSON"),
+        (lambda folder: (folder / "run.json").write_text('{"data": []}'), "run.json or README.md is not as a run"),
+        (lambda folder: (folder / "README.md").write_bytes(b"caf\xe9"), "run.json or README.md is not as a run"),
+        (lambda folder: (folder / "notes.txt").symlink_to(__file__), "notes.txt is a link to a file outside"),
+        (lambda folder: (folder / "notes").symlink_to(folder.parent), "notes: is a link to nothing, or no file"),
         (lambda folder: [file.unlink() for file in folder.glob("*.json")], "holds no model, adapter or tokenizer"),
     ],
 )
@@ -194,8 +198,12 @@ def test_push_to_hub_of_a_model_goes_the_same_way_and_keeps_the_card_that_is_the
 
     publish(folder, REPO)
     card = repo.read("README.md").decode().split("## Files")[0]
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
     model.push_to_hub(REPO, create_pr=True)
     assert repo.read("README.md", "refs/pr/1").decode().split("## Files")[0] == card
+    assert repo.resolve("refs/pr/1").files.keys() == repo.resolve("main").files.keys()  # the tokenizer too
+    assert repo.read("model.safetensors", "refs/pr/1") != repo.read("model.safetensors")
 
 
 def test_a_trainer_publishes_the_finished_run(local_hub, tmp_path, met):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Callable
@@ -276,11 +277,10 @@ def publish_if_asked(training: RunFolderArguments) -> None:
             training.output_dir, training.hub_model_id, private=training.hub_private_repo, branch=training.hub_revision
         )
     except (PublishError, UploadError) as error:
-        print(
-            f"error: {error}\nThe run is finished. To try again: python -m hub_cards.publish {training.output_dir} "
-            f"--repo_id {training.hub_model_id}",
-            file=sys.stderr,
-        )
+        words = ["python", "-m", "hub_cards.publish", training.output_dir, "--repo_id", training.hub_model_id]
+        words += ["--private"] * bool(training.hub_private_repo)
+        words += ["--branch", training.hub_revision] if training.hub_revision else []
+        print(f"error: {error}\nThe run is finished. To try again: {shlex.join(words)}", file=sys.stderr)
         sys.exit(2)
 
 
