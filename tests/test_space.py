@@ -76,13 +76,15 @@ def chat(app_of, chat_folder):
     return app, app.LanguageModel(str(chat_folder))
 
 
-def shown(app, model, content):
-    """The assistant's message as the page's chat shows it: pairs of the title of what is folded, or None, and text."""
-    page = app.chat_page(model)
-    chatbot = next(block for block in page.blocks.values() if isinstance(block, gr.Chatbot))
+def chatbot_of(app, model):
+    return next(block for block in app.chat_page(model).blocks.values() if isinstance(block, gr.Chatbot))
+
+
+def shown(chatbot, content):
+    """The assistant's message as the page shows it: of each part the metadata, with a title if it is folded, and text."""
     content = content if isinstance(content, dict) else {"role": "assistant", "content": content}
     messages = chatbot.postprocess([content]).model_dump()
-    return [((message["metadata"] or {}), message["content"][0]["text"]) for message in messages]
+    return [(message["metadata"] or {}, message["content"][0]["text"]) for message in messages]
 
 
 # Language models
@@ -135,7 +137,7 @@ def test_thoughts_are_folded_also_while_they_are_written(chat):
         assert all(
             metadata.get("title") and metadata["status"] == "pending" for metadata, _ in shown(app, model, piece)
         )
-    (thoughts, text), (answer, answered) = shown(app, model, pieces[-1])
+    (thoughts, text), (answer, answered) = shown(chatbot, pieces[-1])
     assert (thoughts["status"], text) == ("done", "4 and 4 is 8")
     assert (answer.get("title"), answered) == (None, "8")
 
@@ -143,7 +145,7 @@ def test_thoughts_are_folded_also_while_they_are_written(chat):
 def test_thoughts_that_were_cut_are_no_longer_waited_for(chat):
     app, model = chat
     *_, reply = app.respond(model, SUM, [], 0.0, 4)
-    ((thoughts, _),) = shown(app, model, reply)
+    ((thoughts, _),) = shown(chatbot_of(app, model), reply)
     assert thoughts["status"] == "done"
 
 
@@ -178,7 +180,7 @@ def test_a_message_that_cannot_be_sent_is_answered_by_a_sentence_outside_the_con
     assert "no message" in empty["content"]
     assert f"room for {CONTEXT - 64}" in long["content"]
     assert app.spoken([{"role": "user", "content": " "}, empty]) == []
-    ((metadata, _),) = shown(app, model, long)
+    ((metadata, _),) = shown(chatbot_of(app, model), long)
     assert metadata["title"] == "Not answered"
 
 

@@ -70,6 +70,9 @@ def served(words, port, cwd, log, **environment):
                 time.sleep(0.2)
         yield url
         assert "Traceback" not in log.read_text()
+    except Exception:
+        print(log.read_text())
+        raise
     finally:
         server.terminate()
         server.wait(timeout=30)

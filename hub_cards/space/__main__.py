@@ -31,19 +31,41 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, help="write the Space's files there, and start nothing")
     parser.add_argument("--repo_id", help="under which the model is published, user/name; for --output_dir")
     arguments = parser.parse_args()
-    try:
-        if arguments.output_dir is not None:
-            if arguments.port is not None:
-                raise ValueError("--port is of a page that runs here: leave off it or --output_dir.")
-            folder, repo_id = find_model(arguments.model)
-            print(build_space(folder, arguments.output_dir, arguments.repo_id or repo_id))
-        elif arguments.repo_id is not None:
-            raise ValueError("--repo_id is of a Space that is written: give --output_dir too.")
-        else:
-            check_port(arguments.port)
-            run_page(*find_model(arguments.model), arguments.port, arguments.trust_remote_code)
-    except ValueError as error:
-        parser.error(str(error))
+    with tempfile.TemporaryDirectory(prefix="space_") as temporary:
+        try:
+            app = prepare(arguments, Path(temporary) / "space")
+        except ValueError as error:
+            parser.error(str(error))
+        if app is not None:
+            runpy.run_path(str(app), run_name="__main__")  # until it is interrupted
+
+
+def prepare(arguments: argparse.Namespace, temporary: Path) -> Path | None:
+    """Writes the Space: where the user wants it, or into `temporary`, and then returns its app, which is to be run.
+
+    Raises ValueError where something is amiss with the arguments or the model.
+    """
+    if arguments.output_dir is not None:
+        if arguments.port is not None:
+            raise ValueError("--port is of a page that runs here: leave off it or --output_dir.")
+        folder, hub_id = find_model(arguments.model)
+        print(build_space(folder, arguments.output_dir, arguments.repo_id or hub_id))
+        return None
+    if arguments.repo_id is not None:
+        raise ValueError("--repo_id is of a Space that is written: give --output_dir too.")
+    check_port(arguments.port)
+    folder, hub_id = find_model(arguments.model)
+    space = build_space(folder, temporary, hub_id)
+    needs_trust = json.loads((space / "space.json").read_text(encoding="utf-8"))["trust_remote_code"]
+    if hub_id and needs_trust and not arguments.trust_remote_code:
+        raise ValueError(
+            f"{hub_id} comes with code of its own, which this would run: read it, then give --trust_remote_code."
+        )
+    # The model of the folder is shown, also where its run says under which name it is published.
+    os.environ["MODEL"] = str(folder.resolve())
+    if arguments.port is not None:
+        os.environ["GRADIO_SERVER_PORT"] = str(arguments.port)
+    return space / "app.py"
 
 
 def find_model(name: str) -> tuple[Path, str | None]:
@@ -68,22 +90,6 @@ def check_port(port: int | None) -> None:
             probe.bind(("127.0.0.1", port or 0))
         except (OSError, OverflowError) as error:
             raise ValueError(f"--port {port} cannot be used ({error}): give another one, or none.") from error
-
-
-def run_page(folder: Path, repo_id: str | None, port: int | None, trust_remote_code: bool) -> None:
-    """Serves the page until it is interrupted."""
-    with tempfile.TemporaryDirectory(prefix="space_") as temporary:
-        # The model of the folder is shown, also where its run says under which name it is published.
-        space = build_space(folder, Path(temporary) / "space", repo_id)
-        needs_trust = json.loads((space / "space.json").read_text(encoding="utf-8"))["trust_remote_code"]
-        if repo_id and needs_trust and not trust_remote_code:
-            raise ValueError(
-                f"{repo_id} comes with code of its own, which this would run: read it, then give --trust_remote_code."
-            )
-        os.environ["MODEL"] = str(folder.resolve())
-        if port is not None:
-            os.environ["GRADIO_SERVER_PORT"] = str(port)
-        runpy.run_path(str(space / "app.py"), run_name="__main__")
 
 
 if __name__ == "__main__":
