@@ -61,12 +61,19 @@ def write_run(folder, task, **sections):
     return folder
 
 
-@pytest.fixture(scope="module")
-def chat_folder(tmp_path_factory):
+def save_thinking_chat_model(folder):
     """A model that has learnt to answer, in some cases after thoughts."""
-    folder = tmp_path_factory.mktemp("models") / "chat"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more wait for each other, which takes long where there is other work
     with patch.dict(ANSWERS, SOLUTIONS):
         save_tiny_chat_model(folder)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "chat"
+    save_thinking_chat_model(folder)
     return write_run(folder, "sft", model={"parameters": 5_870_000})
 
 
@@ -81,7 +88,7 @@ def chatbot_of(app, model):
 
 
 def shown(chatbot, content):
-    """The assistant's message as the page shows it: of each part the metadata, with a title if it is folded, and text."""
+    """The assistant's message as the page shows it: each part's metadata, with a title where it is folded, and text."""
     content = content if isinstance(content, dict) else {"role": "assistant", "content": content}
     messages = chatbot.postprocess([content]).model_dump()
     return [(message["metadata"] or {}, message["content"][0]["text"]) for message in messages]
@@ -133,10 +140,9 @@ def test_thoughts_are_folded_also_while_they_are_written(chat):
     assert pieces[-1] == SOLUTIONS[SUM].replace("<answer>", "").replace("</answer>", "")
     thinking = [piece for piece in pieces if "<think>" in piece and "</think>" not in piece]
     assert thinking
+    chatbot = chatbot_of(app, model)
     for piece in thinking:
-        assert all(
-            metadata.get("title") and metadata["status"] == "pending" for metadata, _ in shown(app, model, piece)
-        )
+        assert all(part.get("title") and part["status"] == "pending" for part, _ in shown(chatbot, piece))
     (thoughts, text), (answer, answered) = shown(chatbot, pieces[-1])
     assert (thoughts["status"], text) == ("done", "4 and 4 is 8")
     assert (answer.get("title"), answered) == (None, "8")

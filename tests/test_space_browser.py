@@ -16,15 +16,12 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
-import torch
 from chromium import complaints, open_chromium
 from PIL import Image
-from test_space import noise_image, vision_folder
-from tiny_chat_model import ANSWERS, save_tiny_chat_model
-from tiny_solver import SOLUTIONS
+from test_space import noise_image, save_thinking_chat_model, vision_folder
+from tiny_chat_model import ANSWERS
 from training_runs import REPOSITORY
 
 from hf_models.convnextv2_fcmae import ConvNextV2FcmaeForImageClassification, ConvNextV2FcmaeForPreTraining
@@ -46,9 +43,7 @@ runpy.run_path("app.py", run_name="__main__")
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny-chat"
-    torch.manual_seed(0)
-    with patch.dict(ANSWERS, SOLUTIONS):
-        save_tiny_chat_model(folder)
+    save_thinking_chat_model(folder)
     return folder
 
 
