@@ -327,4 +327,4 @@ def build_page() -> gr.Blocks:
 
 if __name__ == "__main__":
     # One reply at a time: two would share the same cores. Others wait in the queue and see their place in it.
-    build_page().queue(max_size=30, default_concurrency_limit=1).launch(footer_links=["settings"])
+    build_page().queue(max_size=30, default_concurrency_limit=1).launch(footer_links=[])

@@ -70,7 +70,8 @@ def reward_page(model: RewardModel) -> gr.Blocks:
         with gr.Row():
             answers = [gr.Textbox(label=f"{which} answer", lines=4, min_width=280) for which in ("First", "Second")]
         button = gr.Button("Compare", variant="primary")
-        gr.Examples(SPACE["examples"], [question, *answers])
+        examples = SPACE["examples"]
+        gr.Examples(examples, [question, *answers], example_labels=[example[0] for example in examples])
         preferred = gr.Label(label="Preferred with the probability")
         scores = gr.Markdown()
         button.click(compare, [question, *answers], [preferred, scores], api_name="compare")
@@ -99,4 +100,4 @@ def build_page() -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    build_page().queue(max_size=30, default_concurrency_limit=1).launch(footer_links=["settings"])
+    build_page().queue(max_size=30, default_concurrency_limit=1).launch(footer_links=[])

@@ -77,4 +77,4 @@ def build_page() -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    build_page().queue(max_size=30).launch(footer_links=["settings"])
+    build_page().queue(max_size=30).launch(footer_links=[])

@@ -184,4 +184,4 @@ def build_page() -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    build_page().queue(max_size=30, default_concurrency_limit=1).launch(footer_links=["settings"], max_file_size="20mb")
+    build_page().queue(max_size=30, default_concurrency_limit=1).launch(footer_links=[], max_file_size="20mb")
