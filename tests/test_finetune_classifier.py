@@ -259,6 +259,7 @@ def same_losses(folder, reference):
         assert ours == pytest.approx(theirs, rel=1e-2 if name == "grad_norm" else 1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one_and_count_every_image_once(images, unmixed, tmp_path):
     words = options(images, tmp_path / "two", **UNMIXED, per_device_train_batch_size=4)
     ended = run(command(MODULE, words, two_processes()))

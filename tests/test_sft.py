@@ -215,7 +215,8 @@ def test_an_adapter_on_four_bits_leaves_the_base_as_it_is(inputs, tmp_path):
     }
 
 
-@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), LORA], ids=["full", "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
 def test_two_processes_make_the_run_of_one(inputs, tmp_path, options):
     alone = run(inputs, tmp_path / "one", **options, max_steps=3)
     assert alone.returncode == 0, alone.stderr
