@@ -404,6 +404,7 @@ def test_a_download_that_breaks_off_goes_on(local_hub, repo_of_a_folder, monkeyp
     assert not local_hub.faults
 
 
+@pytest.mark.slow
 def test_transformers_pushes_and_opens(local_hub):
     model = new_tiny_model(tiny_tokenizer())
     model.push_to_hub(REPO, private=True)

@@ -175,6 +175,7 @@ def test_killed_at_any_moment_and_resumed_it_gives_the_same_losses_to_the_bit(im
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_two_processes_resumed_give_the_losses_of_one_with_the_same_global_batch(images, finished, tmp_path):
     folder = tmp_path / "two"
     words = pretrain(images, folder, two_processes(), per_device_train_batch_size=4)
@@ -212,6 +213,7 @@ def test_a_stream_resumed_gives_the_same_losses_to_the_bit(pretrain_here, tmp_pa
     assert losses(folder) == whole
 
 
+@pytest.mark.slow
 def test_a_stream_is_read_by_workers_however_they_are_started(pretrain_here, monkeypatch):
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
     options = {"streaming": True, "max_steps": 2, "eval_strategy": "no", "dataloader_num_workers": 1}

@@ -182,6 +182,7 @@ def test_gradient_accumulation_gives_the_losses_of_the_whole_batch(inputs, finis
     assert accumulated == pytest.approx(whole, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stream_resumed_after_its_first_pass_gives_the_same_losses_to_the_bit(inputs, tmp_path):
     """A pass over the texts is 33 steps of this batch."""
     options = {"streaming": True, "per_device_train_batch_size": 32, "max_steps": 48, "save_steps": 40}

@@ -149,6 +149,7 @@ def test_an_adapter_brings_its_head_and_leaves_the_base_as_it_was(inputs, tmp_pa
         )
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_gives_the_same_losses_to_the_bit(inputs, finished, tmp_path):
     folder = tmp_path / "killed"
     kill_when_there(training_command(MODULE, inputs, folder), folder / "checkpoint-4")
