@@ -179,6 +179,7 @@ def test_a_run_learns_to_prefer_and_leaves_the_base_as_it_was(inputs, finished):
     assert record["metrics"]["eval_loss"] == pytest.approx(expected["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_gives_the_same_losses_to_the_bit(inputs, finished, tmp_path):
     folder = tmp_path / "killed"
     kill_when_there(training_command(MODULE, inputs, folder, **ADAPTER | ONE_SAMPLE), folder / "checkpoint-4")

@@ -217,6 +217,7 @@ def test_the_average_is_the_recursion_of_the_weights(finished, monkeypatch, imag
 # ---- the same run, otherwise ----
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_it_gives_the_same_to_the_bit(images, finished, tmp_path):
     folder = tmp_path / "killed"
     words = command(MODULE, options(images, folder, **EVERYTHING))

@@ -146,6 +146,7 @@ def test_killed_at_any_moment_and_resumed_it_gives_the_same_losses_to_the_bit(in
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_killed_after_its_last_checkpoint_it_takes_no_step_more(inputs, finished, tmp_path):
     folder = tmp_path / "last"
     ended = run(inputs, folder)
