@@ -37,6 +37,7 @@ NOT_RUN = {
     "make test": WHOLE_SUITE,
     "make lint": WHOLE_SUITE,
     "make llama-cpp": NEEDS_REGISTRY,
+    "python -m pytest": WHOLE_SUITE,
     "python -m training.quickstart": LONG,
     "python -m training.r1 --base FOLDER": f"{ELSEWHERE}, test_r1.py",
     "python -m training.r1 --config": f"{ELSEWHERE}, test_r1.py, with shorter recipes",
