@@ -93,28 +93,29 @@ def upload(
     head = info.sha
     files = sorted(files)
     present = wait_for("listing the repo", lambda: _listing(api, repo, head))
-    marker = content_hash(folder, files)
+    # Each reads its file once, for its hash: everything below goes by that.
+    additions = [CommitOperationAdd(name, folder / name) for name in files]
+    marker = content_hash(additions)
     if destination.create_pr and (open_one := wait_for("listing pull requests", lambda: _same_pr(api, repo, marker))):
         return open_one
 
-    operations = [CommitOperationAdd(name, folder / name) for name in files]
-    for operation in operations:  # one by one: each has all its tries
+    for addition in additions:  # one by one: each has all its tries
         wait_for(
-            f"uploading {operation.path_in_repo}",
-            lambda operation=operation: api.preupload_lfs_files(
-                **repo, **revision, additions=[operation], create_pr=destination.create_pr, free_memory=False
+            f"uploading {addition.path_in_repo}",
+            lambda addition=addition: api.preupload_lfs_files(
+                **repo, **revision, additions=[addition], create_pr=destination.create_pr, free_memory=False
             ),
         )
     gone = []
     if delete:
         listed = wait_for("reading the former card", lambda: _listed_before(api, repo, head, present))
         gone = sorted((listed & present.keys()) - set(files))
-    operations += [CommitOperationDelete(name) for name in gone]
+    operations = additions + [CommitOperationDelete(name) for name in gone]
 
     def commit():
         if destination.create_pr and (found := _same_pr(api, repo, marker)):  # the answer to a former try was lost
             return found
-        if not destination.create_pr and _is_published(folder, files, gone, _listing(api, repo, **revision)):
+        if not destination.create_pr and _is_published(additions, gone, _listing(api, repo, **revision)):
             sha = api.repo_info(**repo, **revision).sha
             return f"{url}/commit/{sha}"
         made = api.create_commit(
@@ -132,16 +133,16 @@ def upload(
         return wait_for("committing", commit)
     except UploadError:
         with contextlib.suppress(Exception):  # the last try may have arrived, and its answer been lost
-            if not destination.create_pr and _is_published(folder, files, gone, _listing(api, repo, **revision)):
+            if not destination.create_pr and _is_published(additions, gone, _listing(api, repo, **revision)):
                 return f"{url}/commit/{api.repo_info(**repo, **revision).sha}"
         raise
 
 
-def content_hash(folder: Path, files: Iterable[str]) -> str:
-    """A hash over the names and contents of `files`."""
+def content_hash(additions: Iterable[CommitOperationAdd]) -> str:
+    """A hash over the names and contents of files, by which a pull request is found again."""
     digest = hashlib.sha256()
-    for name in sorted(files):
-        digest.update(f"{name}\0{sha256(folder / name)}\n".encode())
+    for addition in additions:
+        digest.update(f"{addition.path_in_repo}\0{addition.upload_info.sha256.hex()}\n".encode())
     return digest.hexdigest()
 
 
@@ -201,19 +202,22 @@ def _listing(api: HfApi, repo: dict[str, str], revision: str) -> dict[str, RepoF
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
-def _is_published(folder: Path, files: list[str], gone: list[str], present: dict[str, RepoFile]) -> bool:
-    if any(name in present for name in gone) or any(name not in present for name in files):
+def _is_published(additions: list[CommitOperationAdd], gone: list[str], present: dict[str, RepoFile]) -> bool:
+    if any(name in present for name in gone):
         return False
-    for name in files:
-        content = present[name].lfs.sha256 if present[name].lfs else None
-        if content is None:
-            data = (folder / name).read_bytes()
-            same = present[name].blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        else:
-            same = content == sha256(folder / name)
-        if not same:
-            return False
-    return True
+    return all(
+        addition.path_in_repo in present and _holds(present[addition.path_in_repo], addition) for addition in additions
+    )
+
+
+def _holds(file: RepoFile | None, addition: CommitOperationAdd) -> bool:
+    if file is None:
+        return False
+    if file.lfs:
+        return file.lfs.sha256 == addition.upload_info.sha256.hex()
+    with addition.as_file() as opened:
+        data = opened.read()
+    return file.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # git's
 
 
 def _listed_before(api: HfApi, repo: dict[str, str], head: str, present: dict[str, RepoFile]) -> set[str]:

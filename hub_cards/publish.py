@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -102,7 +102,10 @@ def publish(
         if dry_run:
             return None
         api = HfApi(token=token)
-        _check_login(api)
+        if not (token or get_token()):
+            raise UploadError(
+                "You are not logged in to the Hub: `hf auth login`, or set HF_TOKEN. Nothing was published."
+            )
         is_adapter = "adapter_config.json" in ready.files
         if (
             is_adapter
@@ -345,17 +348,6 @@ def _say_what_goes(ready: Checked, repo_id: str, say: Callable[[str], None]) -> 
     say(f"  {sum(sizes.values()):>14,}  bytes in {len(sizes)} files")
     for name, reason in ready.left_out.items():
         say(f"  left out: {name} ({reason})")
-
-
-def _check_login(api: HfApi) -> None:
-    if not api.token and not HfApi().token and not _stored_token():
-        raise UploadError("You are not logged in to the Hub: `hf auth login`, or set HF_TOKEN. Nothing was published.")
-
-
-def _stored_token() -> str | None:
-    from huggingface_hub import get_token
-
-    return get_token()
 
 
 def _publish_space(api: HfApi, staged: Path, repo_id: str, say: Callable[[str], None]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from hub_cards.publish import publish
@@ -34,6 +34,12 @@ OPTIMIZER_BYTES_PER_PARAMETER = 8
 
 class NonFiniteError(ValueError):
     """The loss or the gradient became infinite or not a number."""
+
+
+def publish_run(training: TrainingArguments, **options: Any) -> str:
+    """Publishes the finished run in `training.output_dir` as its `hub_…` fields say; `options` of `publish` prevail."""
+    asked = {"private": training.hub_private_repo, "branch": training.hub_revision}
+    return publish(training.output_dir, training.hub_model_id, **asked | options)
 
 
 class RunFolderMixin:
@@ -115,13 +121,8 @@ class RunFolderMixin:
         """Publishes the finished run folder, as `hub_cards.publish` does, in `args.hub_model_id`."""
         if not self.is_world_process_zero():
             return None
-        return publish(
-            self.args.output_dir,
-            self.args.hub_model_id,
-            private=self.args.hub_private_repo,
-            branch=revision or self.args.hub_revision,
-            commit_message=commit_message,
-            token=token,
+        return publish_run(
+            self.args, commit_message=commit_message, token=token, **{"branch": revision} if revision else {}
         )
 
     # ---- finite or stopped ----

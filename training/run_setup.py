@@ -18,7 +18,7 @@ from transformers import TrainingArguments, get_scheduler
 
 from hub_cards.build_card import build_card
 from hub_cards.hub_upload import UploadError
-from hub_cards.publish import PublishError, publish
+from hub_cards.publish import PublishError
 
 from .command_line import plain_errors
 from .matmul_peak import choose_precision, matmul_peak
@@ -29,6 +29,7 @@ from .run_folder_trainer import (
     checkpoint_bytes,
     last_good_checkpoint,
     prepare_to_resume,
+    publish_run,
 )
 from .run_record import RunRecord
 
@@ -273,9 +274,7 @@ def publish_if_asked(training: RunFolderArguments) -> None:
     if not training.push_to_hub:
         return
     try:
-        publish(
-            training.output_dir, training.hub_model_id, private=training.hub_private_repo, branch=training.hub_revision
-        )
+        publish_run(training)
     except (PublishError, UploadError) as error:
         words = ["python", "-m", "hub_cards.publish", training.output_dir, "--repo_id", training.hub_model_id]
         words += ["--private"] * bool(training.hub_private_repo)
