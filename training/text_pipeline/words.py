@@ -1,0 +1,27 @@
+"""Words and sentences by two regular expressions, where datatrove's blocks would load spaCy.
+
+A word is a run of letters, digits and marks, a single ideograph or kana (their languages put no spaces), or one
+punctuation character. A sentence ends at `.`, `!`, `?`, their full-width forms or a line break.
+"""
+
+import regex
+from datatrove.utils.word_tokenizers import WordTokenizer
+
+WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]|[^\W\p{Han}\p{Hiragana}\p{Katakana}]+(?:['’]\w+)*|[^\w\s]")
+SENTENCE = regex.compile(r"[^\s.!?。！？][^\n.!?。！？]*(?:[.!?](?!\s|$)[^\n.!?。！？]*)*[.!?。！？]*[\"'”’)\]]*")
+
+
+class RegexWordTokenizer(WordTokenizer):
+    """Given to datatrove's blocks as their `language`."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        return WORD.findall(text)
+
+    def sent_tokenize(self, text: str) -> list[str]:
+        return [text[start:end].strip() for start, end in self.span_tokenize(text)]
+
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        return [match.span() for match in SENTENCE.finditer(text)]
+
+
+WORDS = RegexWordTokenizer()
