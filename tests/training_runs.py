@@ -1,12 +1,14 @@
 """Training commands as a user runs them, each in a process of its own: run, killed, and read from their run folder."""
 
 import json
-import signal
+import os
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from command_process import run_words, start_words
 
 REPOSITORY = Path(__file__).parent.parent
 SECONDS = 600  # of patience: a machine may be busy with more than the tests
@@ -34,19 +36,27 @@ def accelerate_two_processes():
     return ("-m", "accelerate.commands.launch", *options, "--dynamo_backend", "no", "--num_machines", "1")
 
 
+def is_plain(words):
+    """Whether it is a command of ours without a launcher."""
+    return words[1] == "-m" and words[2].startswith("training.")
+
+
 def run(words):
+    if is_plain(words):
+        return run_words(words, REPOSITORY, SECONDS)
     return subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=SECONDS)
 
 
 def kill_when_there(words, awaited, delay=0.0):
     """Starts a command and kills it `delay` seconds after the path `awaited` appeared."""
-    process = subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    nowhere = Path(os.devnull)
+    process = start_words(words, REPOSITORY, nowhere, nowhere)
     deadline = time.monotonic() + SECONDS
-    while not awaited.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not awaited.exists() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
 
 
 def losses(folder):
