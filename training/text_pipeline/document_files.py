@@ -3,6 +3,7 @@
 A file appears when it is complete, and its bytes depend on its documents only.
 """
 
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -42,8 +43,8 @@ def documents_file(folder: Path, rank: int) -> Path:
 
 
 def read_documents(file: Path) -> Iterator[Document]:
-    with zstandard.open(file, "rb") as stream:
-        for line in stream:
+    with zstandard.open(file, "rb") as stream, io.BufferedReader(stream) as lines:
+        for line in lines:
             yield Document(**orjson.loads(line))
 
 
