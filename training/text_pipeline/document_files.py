@@ -125,6 +125,8 @@ class ParquetDocuments(TalliedStep):
             size = document_bytes(document)
             tally.enters(size)
             tally.leaves(document, size)
+            if language := document.metadata.get("language"):
+                tally.histograms["languages"][language] += 1
             rows.append(document_row(document))
             if len(rows) == ROW_GROUP:
                 flush()

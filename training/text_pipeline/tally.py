@@ -22,6 +22,7 @@ SAMPLES = 20
 SAMPLE_CHARACTERS = 1000
 # Of documents that cannot be read, so many are named a task; all are counted.
 NAMED_BAD_INPUTS = 100
+COUNTERS = ("dropped", "dropped_bytes", "counts", "sizes_in", "sizes_out", "dropped_domains")
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Tally:
         dropped_domains: host name of the URL -> documents.
         samples: "kept" and "dropped", each at most `SAMPLES` rows, by rising `draw`.
         bad_inputs: where input could not be read: `file`, `offset`, `reason`.
+        sizes_in, sizes_out: documents by their bytes, in the bins of `power_of_two_bin`.
     """
 
     stage: str
@@ -53,15 +55,19 @@ class Tally:
     dropped_domains: Counter[str] = field(default_factory=Counter)
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"kept": [], "dropped": []})
     bad_inputs: list[dict[str, Any]] = field(default_factory=list)
+    sizes_in: Counter[str] = field(default_factory=Counter)
+    sizes_out: Counter[str] = field(default_factory=Counter)
 
     def enters(self, size: int) -> None:
         self.documents_in += 1
         self.bytes_in += size
+        self.sizes_in[power_of_two_bin(size)] += 1
 
     def leaves(self, document: Document, size: int, before: str | None = None) -> None:
         """`before` is the text as it came in, where the stage changed it."""
         self.documents_out += 1
         self.bytes_out += size
+        self.sizes_out[power_of_two_bin(size)] += 1
         self._sample("kept", document, before)
 
     def drops(self, document: Document, size: int, reason: str) -> None:
@@ -102,7 +108,7 @@ class Tally:
     @classmethod
     def load(cls, file: Path) -> "Tally":
         content = json.loads(file.read_text(encoding="utf-8"))
-        for name in ("dropped", "dropped_bytes", "counts", "dropped_domains"):
+        for name in COUNTERS:
             content[name] = Counter(content.get(name, {}))
         histograms = content.get("histograms", {})
         content["histograms"] = Histograms({name: Counter(bins) for name, bins in histograms.items()})
@@ -116,7 +122,7 @@ class Tally:
         for tally in tallies:
             for name in ("documents_in", "bytes_in", "documents_out", "bytes_out", "seconds"):
                 setattr(total, name, getattr(total, name) + getattr(tally, name))
-            for name in ("dropped", "dropped_bytes", "counts", "dropped_domains"):
+            for name in COUNTERS:
                 getattr(total, name).update(getattr(tally, name))
             for name, bins in tally.histograms.items():
                 total.histograms[name].update(bins)
