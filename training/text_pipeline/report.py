@@ -4,6 +4,7 @@ What depends on the input and the options alone stands beside `timing`, which ho
 input give the same bytes but for that entry. `report_page` makes the pages from these numbers.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -62,7 +63,7 @@ def build_report(
     Args:
         totals: of `read_tallies`.
         facts: what no tally knows. `name` of the data set; `command`; `arguments`, those that decide what is written;
-            `execution`, those that do not, such as `workers`; `hardware`; `input` with its `files` and `bytes`;
+            `execution`, those that do not, such as `workers`; `hardware`; `input`, its `source` and number of `files`;
             `models`, each with `stage`, `path` and `note`, where it comes from and what stood in for data that could
             not be had; `license`, in the Hub's spelling.
         logs: datatrove's, one folder a phase.
@@ -78,7 +79,7 @@ def build_report(
         "license": facts.get("license", "other"),
         "command": facts.get("command"),
         "arguments": facts.get("arguments", {}),
-        "input": facts.get("input", {}),
+        "input": {"source": None, "files": None} | facts.get("input", {}),
         "models": facts.get("models", []),
         "documents_in": first["documents_in"] or first["documents_out"],
         "bytes_in": first["bytes_in"],
@@ -106,7 +107,7 @@ def check_documents(totals: dict[str, StageTotal], stages: list[dict[str, str]])
     passed = [totals[stage["stage"]].tally for stage in stages if stage["kind"] == "documents"]
     if not passed:
         raise ValueError("No stage of this run saw documents: there is nothing to report.")
-    for before, tally in zip(passed, passed[1:], strict=False):
+    for before, tally in itertools.pairwise(passed):
         if tally.documents_in != before.documents_out:
             raise ValueError(
                 f"The stage {tally.stage} was given {tally.documents_in:,} documents, but {before.stage} before it "
@@ -191,7 +192,7 @@ def timing(
         "wall_seconds": round(sum(wall), 1) if wall else None,
         "wall_seconds_by_phase": phases,
         "stages": by_stage,
-        "execution": facts.get("execution", {}),
+        "execution": {"workers": None} | facts.get("execution", {}),
         "hardware": facts.get("hardware", {}),
     }
 

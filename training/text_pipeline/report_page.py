@@ -58,13 +58,11 @@ def write_card(folder: Path, report: dict[str, Any]) -> None:
 def card_metadata(report: dict[str, Any]) -> DatasetCardData:
     documents, license = report["documents_out"], report["license"]
     known = license in HUB_LICENSES
-    # The Hub takes codes of two or three letters; labels of other identifiers are left out.
-    languages = sorted(
-        name for name, n in report["languages"].items() if n["kept"] and re.fullmatch("[a-z]{2,3}", name)
-    )
+    kept = sorted(name for name, n in report["languages"].items() if n["kept"])
     return DatasetCardData(
         pretty_name=report["name"],
-        language=languages or None,
+        # The Hub takes codes of two or three letters, and no other labels.
+        language=[name for name in kept if re.fullmatch("[a-z]{2,3}", name)] or None,
         license=license if known else "other",
         license_name=None if known or license == "other" else re.sub(r"[^a-z0-9.]+", "-", license.lower()).strip("-"),
         size_categories=[next(name for edge, name in SIZE_CATEGORIES if documents < edge)],
