@@ -6,7 +6,6 @@ is as good as a random draw and does not depend on which worker saw which docume
 
 import heapq
 import json
-import math
 import os
 import zlib
 from collections import Counter
@@ -159,7 +158,7 @@ def url_host(document: Document) -> str | None:
 
 def power_of_two_bin(value: float) -> str:
     """The lower edge of the bin in which a length or a perplexity is counted: 0, 1, 2, 4, 8, ..."""
-    return "0" if value < 1 else str(2 ** int(math.log2(value)))
+    return "0" if value < 1 else str(1 << (int(value).bit_length() - 1))
 
 
 def replace_file(file: Path, content: bytes) -> None:
