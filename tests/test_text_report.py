@@ -14,7 +14,7 @@ from benchmarks.text_projection import ccnet_hours, project
 from training.text_pipeline.document_files import ParquetDocuments
 from training.text_pipeline.report import WriteReport, bad_inputs, wall_seconds
 from training.text_pipeline.report_page import card_metadata, histogram, visible
-from training.text_pipeline.tally import Tally
+from training.text_pipeline.tally import Tally, power_of_two_bin
 
 STAGES = [
     {"stage": "read", "phase": "1_read", "kind": "documents", "what": "Reads rows of text."},
@@ -282,6 +282,12 @@ def test_time_by_the_clock_is_when_any_task_ran(tmp_path):
         os.utime(mark, (start + ended,) * 2)
     assert wall_seconds(tmp_path) == 21.0
     assert wall_seconds(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("value", [0, 0.99, 1, 1.5, 2, 3, 1023, 1024, 1024.5, 2**40 - 1, 2**40])
+def test_a_bin_begins_at_its_name_and_ends_at_twice_it(value):
+    edge = int(power_of_two_bin(value))
+    assert edge <= value < (2 * edge or 1)
 
 
 def test_bad_inputs_count_all_and_name_the_first():

@@ -35,8 +35,8 @@ SIZE_CATEGORIES = (
     (1e8, "10M<n<100M"), (1e9, "100M<n<1B"), (1e10, "1B<n<10B"), (1e11, "10B<n<100B"), (1e12, "100B<n<1T"),
     (math.inf, "n>1T"),
 )  # fmt: skip
-# Unicode's characters that turn the direction of what follows them, and thereby may disguise it.
-DIRECTION_CONTROLS = set("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+# Unicode's characters that overrule the direction of what follows them, and thereby may disguise it.
+DIRECTION_CONTROLS = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def write_page(file: Path, report: dict[str, Any], samples: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
