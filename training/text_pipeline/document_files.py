@@ -3,6 +3,7 @@
 A file appears when it is complete, and its bytes depend on its documents only.
 """
 
+import io
 import os
 import time
 from collections.abc import Iterator
@@ -42,8 +43,8 @@ def documents_file(folder: Path, rank: int) -> Path:
 
 
 def read_documents(file: Path) -> Iterator[Document]:
-    with zstandard.open(file, "rb") as stream:
-        for line in stream:
+    with zstandard.open(file, "rb") as stream, io.BufferedReader(stream) as lines:
+        for line in lines:
             yield Document(**orjson.loads(line))
 
 
@@ -124,6 +125,8 @@ class ParquetDocuments(TalliedStep):
             size = document_bytes(document)
             tally.enters(size)
             tally.leaves(document, size)
+            if language := document.metadata.get("language"):
+                tally.histograms["languages"][language] += 1
             rows.append(document_row(document))
             if len(rows) == ROW_GROUP:
                 flush()

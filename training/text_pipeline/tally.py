@@ -6,10 +6,9 @@ is as good as a random draw and does not depend on which worker saw which docume
 
 import heapq
 import json
-import math
 import os
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ SAMPLES = 20
 SAMPLE_CHARACTERS = 1000
 # Of documents that cannot be read, so many are named a task; all are counted.
 NAMED_BAD_INPUTS = 100
+COUNTERS = ("dropped", "dropped_bytes", "counts", "sizes_in", "sizes_out", "dropped_domains")
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Tally:
         dropped_domains: host name of the URL -> documents.
         samples: "kept" and "dropped", each at most `SAMPLES` rows, by rising `draw`.
         bad_inputs: where input could not be read: `file`, `offset`, `reason`.
+        sizes_in, sizes_out: documents by their bytes, in the bins of `power_of_two_bin`.
     """
 
     stage: str
@@ -49,19 +50,23 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_bytes: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
-    histograms: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    histograms: dict[str, Counter[str]] = field(default_factory=lambda: Histograms())
     dropped_domains: Counter[str] = field(default_factory=Counter)
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"kept": [], "dropped": []})
     bad_inputs: list[dict[str, Any]] = field(default_factory=list)
+    sizes_in: Counter[str] = field(default_factory=Counter)
+    sizes_out: Counter[str] = field(default_factory=Counter)
 
     def enters(self, size: int) -> None:
         self.documents_in += 1
         self.bytes_in += size
+        self.sizes_in[power_of_two_bin(size)] += 1
 
     def leaves(self, document: Document, size: int, before: str | None = None) -> None:
         """`before` is the text as it came in, where the stage changed it."""
         self.documents_out += 1
         self.bytes_out += size
+        self.sizes_out[power_of_two_bin(size)] += 1
         self._sample("kept", document, before)
 
     def drops(self, document: Document, size: int, reason: str) -> None:
@@ -102,11 +107,10 @@ class Tally:
     @classmethod
     def load(cls, file: Path) -> "Tally":
         content = json.loads(file.read_text(encoding="utf-8"))
-        for name in ("dropped", "dropped_bytes", "counts", "dropped_domains"):
+        for name in COUNTERS:
             content[name] = Counter(content.get(name, {}))
-        histograms = defaultdict(Counter)
-        histograms.update({name: Counter(bins) for name, bins in content.get("histograms", {}).items()})
-        content["histograms"] = histograms
+        histograms = content.get("histograms", {})
+        content["histograms"] = Histograms({name: Counter(bins) for name, bins in histograms.items()})
         content["samples"] = {"kept": [], "dropped": []} | content.get("samples", {})
         return cls(**content)
 
@@ -117,7 +121,7 @@ class Tally:
         for tally in tallies:
             for name in ("documents_in", "bytes_in", "documents_out", "bytes_out", "seconds"):
                 setattr(total, name, getattr(total, name) + getattr(tally, name))
-            for name in ("dropped", "dropped_bytes", "counts", "dropped_domains"):
+            for name in COUNTERS:
                 getattr(total, name).update(getattr(tally, name))
             for name, bins in tally.histograms.items():
                 total.histograms[name].update(bins)
@@ -125,6 +129,13 @@ class Tally:
                 total.samples[kind] = heapq.nsmallest(SAMPLES, total.samples[kind] + rows, key=_sample_order)
             total.bad_inputs += tally.bad_inputs[: NAMED_BAD_INPUTS - len(total.bad_inputs)]
         return total
+
+
+class Histograms(dict):
+    """Name -> bins. Not a `defaultdict`: datatrove's record of a pipeline copies dataclasses, and cannot copy that."""
+
+    def __missing__(self, name: str) -> Counter[str]:
+        return self.setdefault(name, Counter())
 
 
 def _sample_order(row: dict[str, Any]) -> tuple[int, str]:
@@ -147,7 +158,7 @@ def url_host(document: Document) -> str | None:
 
 def power_of_two_bin(value: float) -> str:
     """The lower edge of the bin in which a length or a perplexity is counted: 0, 1, 2, 4, 8, ..."""
-    return "0" if value < 1 else str(2 ** int(math.log2(value)))
+    return "0" if value < 1 else str(1 << (int(value).bit_length() - 1))
 
 
 def replace_file(file: Path, content: bytes) -> None:
