@@ -55,11 +55,21 @@ class Phase:
     tasks: int
 
 
+class PhaseError(RuntimeError):
+    """A task failed: in one sentence, with the place of its log, which has the traceback."""
+
+
 def run_phases(phases: list[Phase], arguments: ExecutionArguments, logs: Path) -> None:
-    """Runs what is not done yet. With Slurm, submits the jobs, each waiting for the one before, and returns."""
+    """Runs what is not done yet. With Slurm, submits the jobs, each waiting for the one before, and returns.
+
+    Raises PhaseError where a task failed; what is done by then stays done.
+    """
     if arguments.executor == "local":
         for phase in phases:
-            _run_here(phase, arguments.workers, logs)
+            try:
+                _run_here(phase, arguments.workers, logs)
+            except Exception as error:
+                raise PhaseError(f"{phase.name} failed: {error} (its tasks' logs: {logs / phase.name / 'logs'})") from error
         return
     executor = None
     for phase in phases:
@@ -75,7 +85,10 @@ class LocalExecutor(LocalPipelineExecutor):
             die_with_parent()
         # An error is raised in the driver too.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            return super()._run_for_rank(rank, local_rank, node_rank)
+            try:
+                return super()._run_for_rank(rank, local_rank, node_rank)
+            finally:
+                logger.remove()  # it goes on writing to what is closed by then
 
 
 def _run_here(phase: Phase, workers: int, logs: Path) -> None:

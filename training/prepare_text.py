@@ -1,0 +1,209 @@
+"""Turns raw pages or texts into clean documents and token shards, and reports what every stage dropped and why.
+
+    python -m training.prepare_text --config training/recipes/text_pipeline/quickstart.yaml
+    python -m training.prepare_text --config training/recipes/text_pipeline/llama_mixture.yaml
+
+The first form prepares one `--dataset`: it reads, extracts, drops repeated lines, identifies languages, applies rules,
+scores, masks, decontaminates, drops near-duplicates, and with `--tokenizer` tokenises. The second takes `sources`, each
+prepared by a recipe of its own or finished already, and mixes their tokens.
+
+    OUTPUT/documents/*.parquet   the clean documents            OUTPUT/report.html   what was dropped, to read
+    OUTPUT/tokens/*.parquet      shards for `pretrain_lm`       OUTPUT/report.json   the same as numbers
+    OUTPUT/README.md             the data set's card            OUTPUT/work/         what is needed to go on after a stop
+
+What is written depends on the input and the options, never on the number of workers. The same command again goes on
+after an interruption, or says that the data is finished. Stages: `training/text_pipeline/`; page: docs/text_pipeline.md.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .command_line import parse_arguments, plain_errors
+from .run_record import RunRecord, portable
+from .text_pipeline.execution import ExecutionArguments, Phase, PhaseError, prepare_process, run_phases
+from .text_pipeline.language_id import check_language_model
+from .text_pipeline.mixture_inputs import MixArguments, document_phases, mixture_phases
+from .text_pipeline.perplexity_model import check_models as check_perplexity_models
+from .text_pipeline.reading import plan_tasks
+from .text_pipeline.reference_classifier import check_reference_model
+from .text_pipeline.report import LOGS, TALLIES, WriteReport
+from .text_pipeline.source_phases import SourceArguments, describe_stages, source_phases
+
+
+@dataclass
+class OutputArguments:
+    output_dir: str = field(default="runs/text", metadata={"help": "Folder of the data, new or of the same run."})
+    license: str = field(
+        default="other", metadata={"help": "Licence of the documents as the Hub spells it, for the data set's card."}
+    )
+    keep_work: bool = field(
+        default=False, metadata={"help": "Keep what the phases left for one another, to run a later stage by hand."}
+    )
+
+
+# What changes nothing in what is written, and so may be another at each start.
+HOW = {item.name for item in fields(ExecutionArguments)} | {"keep_work"}
+
+
+@dataclass
+class Preparation:
+    """What was asked for, by parts; `given` as `parse_arguments` returns it."""
+
+    source: SourceArguments
+    mix: MixArguments
+    output: OutputArguments
+    execution: ExecutionArguments
+    given: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output.output_dir)
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
+
+    @classmethod
+    def from_recipe(cls, recipe: str, execution: ExecutionArguments) -> "Preparation":
+        """Of a mixture's source; what runs the tasks is the mixture's.
+
+        Raises:
+            ValueError: fields that there are not, or that only the mixture can have.
+        """
+        content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+        parts, given = [], {}
+        for part in (SourceArguments, MixArguments, OutputArguments):
+            named = {item.name: content.pop(item.name) for item in fields(part) if item.name in content}
+            parts.append(part(**named))
+            given |= named
+        if unknown := [name for name in content if name not in HOW]:
+            raise ValueError(f"Unknown field {unknown[0]!r} in {recipe}: `--help` lists the fields there are.")
+        return cls(*parts, execution, given)
+
+
+def prepare(asked: Preparation) -> None:
+    """Runs what is not done yet.
+
+    Raises:
+        ValueError, OSError: what the user gave cannot be used; before any work is spent, but for a mixture's sources,
+            which are prepared first, and for what only the documents themselves show.
+    """
+    if asked.mix.sources:
+        prepare_sources(asked)
+        phases, data = mixture_phases(asked.mix, asked.work, asked.folder / "tokens"), {}
+        inputs = {"files": phases[0].tasks}
+    else:
+        tasks = plan_tasks(asked.source)
+        check_models(asked.source)
+        phases = source_phases(asked.source, tasks, asked.work, asked.folder / "documents")
+        if asked.mix.tokenizer:
+            documents, tokens = asked.folder / "documents", asked.folder / "tokens"
+            phases += document_phases(asked.mix, documents, len(tasks), asked.work, tokens)
+        inputs = describe_input(tasks)
+        data = {"dataset": {"path": asked.source.dataset} | inputs}
+    record = RunRecord.start(
+        asked.folder, "prepare_text", {name: asked.given[name] for name in asked.given if name not in HOW}, data
+    )
+    if record.finished:
+        print(f"{asked.folder} holds this data, finished: report.html in it tells what was dropped.")
+        return
+    record.save(execution={name: asked.given[name] for name in asked.given if name in HOW})
+    facts = {
+        "name": asked.folder.name,
+        "command": record.content["command"],
+        "license": asked.output.license,
+        "arguments": record.content["arguments"],
+        "input": {"source": record.content["data"].get("dataset", {}).get("path")} | inputs,
+        "models": describe_models(asked.source),
+        "execution": {"executor": asked.execution.executor, "workers": asked.execution.workers},
+        "hardware": record.content["hardware"],
+    }
+    report = WriteReport(asked.work, asked.folder, describe_stages(phases), facts)
+    phases.append(Phase("report", [report], 1))
+    for step in (step for phase in phases for step in phase.steps):
+        step.tally_folder = asked.work / TALLIES
+    run_phases(phases, asked.execution, asked.work / LOGS)
+    finish(asked, record)
+
+
+def prepare_sources(asked: Preparation) -> None:
+    """Prepares what a mixture takes from recipes and what is not finished; on Slurm that is a job for each before."""
+    for name, source in asked.mix.sources.items():
+        if "recipe" not in source:
+            continue
+        part = Preparation.from_recipe(source["recipe"], asked.execution)
+        if asked.execution.executor == "slurm" and not (part.folder / "report.json").exists():
+            raise ValueError(
+                f"The source {name!r} is not prepared yet, and jobs on Slurm cannot be waited for: run "
+                f"`python -m training.prepare_text --config {source['recipe']}` with the same --executor first."
+            )
+        print(f"Source {name}: {source['recipe']}", flush=True)
+        prepare(part)
+
+
+def check_models(source: SourceArguments) -> None:
+    """Raises ValueError where a model or evaluation set that the stages need cannot be used."""
+    check_language_model(source)
+    check_reference_model(source)
+    if source.perplexity_models:
+        check_perplexity_models(source.perplexity_models)
+
+
+def describe_input(tasks: list[list[str]]) -> dict[str, Any]:
+    """Number and bytes of the files, and a hash of their names and sizes: what a run that goes on must find again."""
+    files = [Path(file) for task in tasks for file in task]
+    sizes = [file.stat().st_size if file.exists() else 0 for file in files]  # a part of a Hub data set is no file
+    named = "\n".join(f"{file.name} {size}" for file, size in zip(files, sizes, strict=True))
+    return {"files": len(files), "bytes": sum(sizes), "fingerprint": hashlib.sha256(named.encode()).hexdigest()[:16]}
+
+
+def describe_models(source: SourceArguments) -> list[dict[str, str]]:
+    """The models that judged the documents, and what their own records say that they were trained on."""
+    models = {
+        "language": source.language_model,
+        "perplexity": source.perplexity_models,
+        "reference": source.reference_model,
+    }
+    described = []
+    for stage, path in models.items():
+        if path is None:
+            continue
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        described.append({"stage": stage, "path": portable(path, "path"), "note": model_note(folder)})
+    return described
+
+
+def finish(asked: Preparation, record: RunRecord) -> None:
+    """What is left to do when all tasks are done, or submitted."""
+    if asked.execution.executor == "slurm":
+        print(f"Submitted. The last job writes {asked.folder / 'report.html'}; the same command then closes the run.")
+        return
+    if not asked.output.keep_work:
+        for entry in asked.work.iterdir():
+            if entry.name not in (TALLIES, LOGS):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    report = json.loads((asked.folder / "report.json").read_text(encoding="utf-8"))
+    metrics = {name: report[name] for name in ("documents_in", "bytes_in", "documents_out", "bytes_out")}
+    record.finish(metrics)
+    print(
+        f"{asked.folder}: {metrics['documents_in']:,} documents in, {metrics['documents_out']:,} out; "
+        f"{asked.folder / 'report.html'} tells what was dropped."
+    )
+
+
+def main() -> None:
+    with plain_errors():
+        *parts, given = parse_arguments(SourceArguments, MixArguments, OutputArguments, ExecutionArguments, description=__doc__)
+        prepare_process()
+    with plain_errors(ValueError, OSError, ImportError, PhaseError):
+        prepare(Preparation(*parts, given))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The stages of one source in their order, and the phases that they run in.
+
+    extract              read, extract, rules of code or LaTeX, hash_lines   a task for each file, or handful of small ones
+    check_reading        stops the run where too much could not be read
+    find_duplicate_lines
+    filter               line_dedup, language, quality rules, perplexity, reference, pii, decontamination
+    near_duplicates_*    MinHash; and the cut-offs of perplexity, where they are to be measured
+    write                near_duplicates, bucket, documents/*.parquet
+
+A phase that has nothing to do is left out: where neither near-duplicates nor cut-offs are asked for, `filter` writes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .code_rules import CodeArguments, code_rules
+from .decontamination import Decontaminate, DecontaminationArguments
+from .document_files import DocumentReader, DocumentWriter, ParquetDocuments
+from .execution import Phase
+from .extraction import ExtractionArguments, ExtractText
+from .language_id import IdentifyLanguage, LanguageArguments
+from .line_dedup import DropDuplicateLines, FindDuplicateLines, HashLines, LineDedupArguments
+from .near_duplicates import NearDuplicateArguments
+from .perplexity import AssignBucket, MeasureCutoffs, PerplexityArguments, ScorePerplexity
+from .pii import MaskPii, PiiArguments
+from .quality_rules import QualityRuleArguments, quality_rules
+from .reading import CheckReading, ReadArguments, ReadDocuments
+from .reference_classifier import ReferenceArguments, ScoreReference
+from .stage import DocumentStage, TalliedStep
+
+# What the report says of each stage, in the order in which documents pass.
+WHAT = {
+    "read": "Reads the files; what cannot be read is counted and skipped.",
+    "extract": "Finds the main text of a page, its title, and the language that it says it is in.",
+    "hash_lines": "Hashes every line, for the lines that occur more than once.",
+    "find_duplicate_lines": "Finds the lines that occur more than once in the whole input.",
+    "line_dedup": "Drops those lines, and documents of which too little is left.",
+    "language": "Names the language, and drops the others and what is too uncertain.",
+    "c4": "C4's rules, by lines and by documents.",
+    "gopher_quality": "Gopher's rules of quality.",
+    "gopher_repetition": "Gopher's rules of repetition.",
+    "fineweb": "FineWeb's rules of quality.",
+    "perplexity": "Scores documents by an n-gram model of reference text.",
+    "measure_cutoffs": "Measures at which perplexities the buckets end.",
+    "reference": "Drops what a classifier tells from pages that references point to.",
+    "pii": "Masks e-mail and IP addresses.",
+    "decontamination": "Drops what shares n-grams with the evaluation sets.",
+    "near_duplicates": "Drops all but one of documents that are nearly the same.",
+    "bucket": "Sorts documents into head, middle and tail by their perplexity.",
+    "write": "Writes what is left.",
+}
+
+
+@dataclass
+class SourceArguments(
+    ReadArguments,
+    ExtractionArguments,
+    LineDedupArguments,
+    LanguageArguments,
+    QualityRuleArguments,
+    SourceRuleArguments,
+    PerplexityArguments,
+    ReferenceArguments,
+    PiiArguments,
+    DecontaminationArguments,
+    NearDuplicateArguments,
+):
+    """All that decides which documents come out of one source; checks of each part are its own."""
+
+    def __post_init__(self):
+        for part in type(self).__mro__[1:]:
+            if "__post_init__" in vars(part):
+                part.__post_init__(self)
+
+
+def source_phases(arguments: SourceArguments, tasks: list[list[str]], work: Path, documents: Path) -> list[Phase]:
+    """The phases that turn the files of `tasks` into `documents/*.parquet`, with what is in between in `work`."""
+    count = len(tasks)
+    extracted, filtered, lines = work / "extracted", work / "filtered", work / "lines"
+    dedups_lines = arguments.line_dedup != "off"
+    extract = [ReadDocuments(tasks, arguments), ExtractText(arguments), *source_rules(arguments)]
+    if dedups_lines:
+        extract.append(HashLines(lines))
+    phases = [
+        Phase("extract", [*extract, DocumentWriter("write_extracted", extracted)], count),
+        Phase("check_reading", [CheckReading(work / TALLIES / "read", arguments.max_bad_share)], 1),
+    ]
+    filters: list[PipelineStep] = [DocumentReader("read_extracted", extracted)]
+    if dedups_lines:
+        find = FindDuplicateLines(lines, count, arguments.line_dedup)
+        phases.append(Phase("find_duplicate_lines", [find], arguments.line_dedup_partitions))
+        filters.append(DropDuplicateLines(lines, arguments.line_dedup_partitions, arguments.min_document_characters))
+    filters += document_filters(arguments, work)
+    writes = [*bucket_stages(arguments, work), ParquetDocuments(documents)]
+    between = global_phases(arguments, count, work)
+    if not between:
+        return [*phases, Phase("filter", [*filters, *writes], count)]
+    if arguments.near_duplicates:
+        filters.append(SignDocuments(work / "near_duplicates", arguments.config))
+        writes.insert(0, DropNearDuplicates(work / "near_duplicates"))
+    filter_phase = Phase("filter", [*filters, DocumentWriter("write_filtered", filtered)], count)
+    return [*phases, filter_phase, *between, Phase("write", [DocumentReader("read_filtered", filtered), *writes], count)]
+
+
+def document_filters(arguments: SourceArguments, work: Path) -> list[DocumentStage]:
+    """The stages that judge a document by itself; the cheap ones first, as far as CCNet's order allows."""
+    stages: list[DocumentStage] = []
+    if arguments.language_model:
+        stages.append(IdentifyLanguage(arguments))
+    stages += quality_rules(arguments)
+    if arguments.perplexity_models:
+        stages.append(ScorePerplexity(arguments.perplexity_models, work / "perplexities"))
+    if arguments.reference_model:
+        stages.append(ScoreReference(arguments))
+    if arguments.mask_emails or arguments.mask_ips:
+        stages.append(MaskPii(arguments))
+    if arguments.decontaminate:
+        stages.append(Decontaminate(arguments))
+    return stages
+
+
+def global_phases(arguments: SourceArguments, count: int, work: Path) -> list[Phase]:
+    """What needs all documents that the filters left, and comes before they are written."""
+    phases = []
+    if arguments.near_duplicates:
+        folder, config = work / "near_duplicates", arguments.config
+        phases += [
+            Phase("find_near_duplicates", [FindNearDuplicates(folder, config)], config.num_buckets),
+            Phase("cluster_near_duplicates", [ClusterNearDuplicates(folder, count, config)], 1),
+        ]
+    if measures_cutoffs(arguments):
+        measure = MeasureCutoffs(
+            work / "perplexities", count, arguments.perplexity_percentiles, work / "cutoffs.json"
+        )
+        phases.append(Phase("measure_cutoffs", [measure], 1))
+    return phases
+
+
+def measures_cutoffs(arguments: SourceArguments) -> bool:
+    return bool(arguments.perplexity_models) and arguments.perplexity_cutoffs == "measured"
+
+
+def bucket_stages(arguments: SourceArguments, work: Path) -> list[DocumentStage]:
+    if not arguments.perplexity_models:
+        return []
+    cutoffs = work / "cutoffs.json" if measures_cutoffs(arguments) else arguments.perplexity_cutoffs
+    return [AssignBucket(cutoffs, arguments.keep_buckets)]
+
+
+def describe_stages(phases: list[Phase]) -> list[dict[str, str]]:
+    """What the report is told of the stages: see `report.WriteReport`."""
+    return [
+        {
+            "stage": step.name,
+            "phase": phase.name,
+            "kind": "documents" if is_document_stage(step) else "work",
+            "what": WHAT.get(step.name, ""),
+        }
+        for phase in phases
+        for step in phase.steps
+    ]
+
+
+def is_document_stage(step: TalliedStep) -> bool:
+    """Whether documents pass through it that it can drop: what the report's funnel shows."""
+    passes_all = isinstance(step, HashLines | SignDocuments)
+    return isinstance(step, DocumentStage | ReadDocuments | ParquetDocuments) and not passes_all
