@@ -168,6 +168,10 @@ class ClusterNearDuplicates(FolderStage):
         files = [self.folder / "pairs" / f"{bucket:05d}_00.dups" for bucket in range(self.config.num_buckets)]
         pairs = np.concatenate([np.fromfile(file, "<u4").reshape(-1, 4) for file in files]).astype(np.uint64)
         documents, cluster = connected_documents(pairs[:, [0, 2]] << np.uint64(32) | pairs[:, [1, 3]])
+        if len(documents) and documents[-1] >> np.uint64(32) >= self.tasks:
+            raise ValueError(
+                f"{self.folder} has signatures of more than {self.tasks} tasks, from an earlier run: empty it first."
+            )
         _, first = np.unique(cluster, return_index=True)
         drop = np.delete(documents, first)
         ends = np.searchsorted(drop >> np.uint64(32), np.arange(1, self.tasks, dtype=np.uint64))
