@@ -75,7 +75,10 @@ class LocalExecutor(LocalPipelineExecutor):
             die_with_parent()
         # An error is raised in the driver too.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            return super()._run_for_rank(rank, local_rank, node_rank)
+            try:
+                return super()._run_for_rank(rank, local_rank, node_rank)
+            finally:
+                logger.remove()  # or what it tells next would go to `nowhere`, which is closed by then
 
 
 def _run_here(phase: Phase, workers: int, logs: Path) -> None:
