@@ -115,9 +115,9 @@ def load_local_files(
         check_file: raises ValueError for what is wrong with a file of this kind, before anything is read of the others.
         kinds: those that can be read, of the values of `KINDS`.
     """
-    files_by_split = _files_by_split(path, config)
-    asked = asked_splits(path, split, files_by_split)
-    files = [file for name in asked for file in files_by_split[name]]
+    by_split = files_by_split(path, config)
+    asked = asked_splits(path, split, by_split)
+    files = [file for name in asked for file in by_split[name]]
     found = {_kind(file) for file in files}
     if len(found) != 1 or not found <= set(kinds):
         suffixes = [suffix for suffix, kind in KINDS.items() if kind in kinds]
@@ -129,7 +129,7 @@ def load_local_files(
     for file in files:
         check_file(file, kind)
 
-    data_files = {name: list(map(str, files_by_split[name])) for name in asked}
+    data_files = {name: list(map(str, by_split[name])) for name in asked}
     options = {"sample_by": "paragraph", "encoding": "utf-8-sig"} if kind == "text" else {}
     try:
         return datasets.load_dataset(kind, data_files=data_files, split=split, streaming=streaming, **options)
@@ -137,7 +137,8 @@ def load_local_files(
         raise ValueError(f"{path} cannot be read as {kind}: {error.__cause__ or error}.") from error
 
 
-def _files_by_split(path: Path, config: str | None) -> dict[str, list[Path]]:
+def files_by_split(path: Path, config: str | None) -> dict[str, list[Path]]:
+    """The files of each split, by their names; a single file is the split "train"."""
     if path.is_file():
         return {"train": [path.absolute()]}
     try:
