@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ def train_classifier(lines: Path, seed: int, **options: Any) -> Any:
         raise ValueError(
             f"fastText gave up ({error}) at a learning rate of {options.get('lr', 0.1)}: lower it."
         ) from error
+
+
+def draw(text: str, seed: int) -> float:
+    """A number in [0, 1) that is as good as random and belongs to the text: by it texts are put into a random order,
+    or held out, wherever they stand in their data set and however often."""
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8, salt=seed.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest()[:6], "little") / 2**48
 
 
 def save_classifier(model: Any, file: Path) -> None:
