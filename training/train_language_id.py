@@ -19,8 +19,15 @@ from typing import Any, Literal
 import datasets
 
 from .command_line import parse_arguments, plain_errors
-from .fasttext_training import MIN_ROWS_QUANTISED, draw, save_classifier, train_classifier, zeroed_memory
+from .fasttext_training import (
+    MIN_ROWS_QUANTISED,
+    draw,
+    save_classifier,
+    train_classifier,
+    zeroed_memory,
+)
 from .labelled_texts import load_labelled_texts
+from .markdown import markdown_table, percent
 from .run_record import RunRecord, replace_file
 from .text_data import TextDataArguments, describe_texts
 from .text_pipeline.fasttext_models import most_likely, on_one_line, training_line
@@ -237,13 +244,14 @@ def readme(file: Path, arguments: LanguageIdArguments, data: dict[str, Any], fig
             language,
             f"{data['languages'][language]:,}",
             str(row["documents"]),
-            share(row["precision"]),
-            share(row["recall"]),
+            percent(row["precision"]),
+            percent(row["recall"]),
         ]
         for language, row in figures["languages"].items()
     ]
     thresholds = [
-        [str(row["min_language_score"]), share(row["kept"]), share(row["accuracy"])] for row in figures["thresholds"]
+        [str(row["min_language_score"]), percent(row["kept"]), percent(row["accuracy"])]
+        for row in figures["thresholds"]
     ]
     return f"""# A language identifier of {len(data["languages"])} languages
 
@@ -252,27 +260,19 @@ def readme(file: Path, arguments: LanguageIdArguments, data: dict[str, Any], fig
 blank ones, and those that occur under several languages. Its labels are `__label__en` and so on; it is given the first
 {arguments.characters:,} characters of a document, newlines as spaces.
 
-On {figures["documents"]:,} held-out documents {share(figures["accuracy"])} are told right. `run.json` has the command,
-the data's fingerprint and all figures.
+On {figures["documents"]:,} held-out documents {percent(figures["accuracy"])} are told right.
+`run.json` has the command, the data's fingerprint and all figures.
 
-{table(["language", "documents in all", "held out", "precision", "recall"], languages)}
+{markdown_table(["language", "documents in all", "held out", "precision", "recall"], languages)}
 
 What a minimum score keeps, and how much of it is told right:
 
-{table(["minimum score", "kept", "right"], thresholds)}
+{markdown_table(["minimum score", "kept", "right"], thresholds)}
 
 What is taken for what most often:
 
-{table(["language", "told to be", "documents"], pairs) if pairs else "Nothing."}
+{markdown_table(["language", "told to be", "documents"], pairs) if pairs else "Nothing."}
 """
-
-
-def share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2%}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
 if __name__ == "__main__":
