@@ -67,7 +67,7 @@ def load_text_dataset(
     if local is None:
         texts = load_from_hub(dataset, split, config, streaming, "text")
     else:
-        check_file = partial(_check_file, text_column=text_column)
+        check_file = partial(check_text_file, text_column=text_column)
         texts = load_local_files(local, split, config, check_file, streaming=streaming)
     return _text_column_only(texts, f"{dataset} ({split})", text_column)
 
@@ -158,7 +158,7 @@ def open_bytes(file: Path):
     return gzip.open(file) if file.suffix == ".gz" else file.open("rb")
 
 
-def _check_file(file: Path, kind: str, text_column: str) -> None:
+def check_text_file(file: Path, kind: str, text_column: str) -> None:
     if kind == "parquet":
         _check_parquet(file, text_column)
         return
