@@ -9,7 +9,7 @@ import json
 import math
 import os
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +49,7 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     dropped_bytes: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
-    histograms: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    histograms: dict[str, Counter[str]] = field(default_factory=lambda: Histograms())
     dropped_domains: Counter[str] = field(default_factory=Counter)
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"kept": [], "dropped": []})
     bad_inputs: list[dict[str, Any]] = field(default_factory=list)
@@ -104,9 +104,8 @@ class Tally:
         content = json.loads(file.read_text(encoding="utf-8"))
         for name in ("dropped", "dropped_bytes", "counts", "dropped_domains"):
             content[name] = Counter(content.get(name, {}))
-        histograms = defaultdict(Counter)
-        histograms.update({name: Counter(bins) for name, bins in content.get("histograms", {}).items()})
-        content["histograms"] = histograms
+        histograms = content.get("histograms", {})
+        content["histograms"] = Histograms({name: Counter(bins) for name, bins in histograms.items()})
         content["samples"] = {"kept": [], "dropped": []} | content.get("samples", {})
         return cls(**content)
 
@@ -125,6 +124,13 @@ class Tally:
                 total.samples[kind] = heapq.nsmallest(SAMPLES, total.samples[kind] + rows, key=_sample_order)
             total.bad_inputs += tally.bad_inputs[: NAMED_BAD_INPUTS - len(total.bad_inputs)]
         return total
+
+
+class Histograms(dict):
+    """Name -> bins. Not a `defaultdict`: datatrove's record of a pipeline copies dataclasses, and cannot copy that."""
+
+    def __missing__(self, name: str) -> Counter[str]:
+        return self.setdefault(name, Counter())
 
 
 def _sample_order(row: dict[str, Any]) -> tuple[int, str]:
