@@ -64,6 +64,6 @@ def describe_tokens(folder: str, streaming: bool) -> dict[str, Any]:
         "documents": info["documents"],
         "tokens": info["tokens"],
         "sources": counts,
-        "info": {key: info[key] for key in ("name", "modality", "license", "attribution") if key in info},
+        "info": {key: info[key] for key in ("name", "modality", "license", "language", "attribution") if key in info},
     }
     return description | ({"streaming": True} if streaming else {})

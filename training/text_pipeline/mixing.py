@@ -75,7 +75,7 @@ class PlanMixture(FolderStage):
     Args:
         tokens: folder that `TokeniseDocuments` wrote, in `files` tasks.
         tokenizer: `fingerprint` and `vocab_size`, for `info.json`.
-        notices: `license` and `attribution` of the sources, where they are known.
+        notices: `license`, `attribution` and `language` (a list) of the sources, where they are known.
 
     Raises ValueError, in one sentence: a source without documents, with too few for its share, or of so few tokens that
     it would give no document.
@@ -94,7 +94,7 @@ class PlanMixture(FolderStage):
         plan_file: Path,
         output: Path,
         tokenizer: dict[str, Any],
-        notices: dict[str, dict[str, str]],
+        notices: dict[str, dict[str, Any]],
     ):
         super().__init__()
         self.shares, self.total_tokens, self.seed, self.shards = shares, total_tokens, seed, shards
@@ -137,6 +137,8 @@ class PlanMixture(FolderStage):
             for plan in plans
         }
         info = {"name": f"Tokens of {', '.join(sources)}", "modality": "tokens"}
+        if all("language" in source for source in sources.values()):
+            info["language"] = sorted({language for source in sources.values() for language in source["language"]})
         # The mixture has a licence where all its sources have the same one.
         licenses = {source.get("license") for source in sources.values()}
         if len(licenses) == 1 and None not in licenses:

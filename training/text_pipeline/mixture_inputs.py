@@ -145,7 +145,7 @@ def token_phases(
     arguments: MixArguments,
     shares: list[Share],
     files: list[SourceFile],
-    notices: dict[str, dict[str, str]],
+    notices: dict[str, dict[str, Any]],
     work: Path,
     output: Path,
 ) -> list[Phase]:
@@ -162,8 +162,8 @@ def token_phases(
     ]
 
 
-def source_files(name: str, entry: dict[str, Any]) -> tuple[list[SourceFile], dict[str, str]]:
-    """The files of one source, and its `license` and `attribution` where an `info.json` beside them tells them."""
+def source_files(name: str, entry: dict[str, Any]) -> tuple[list[SourceFile], dict[str, Any]]:
+    """The files of one source, and what an `info.json` beside them, if there is one, says of whose text it is."""
     # Imported here: a worker imports this module, and needs none of `datasets`.
     from training.dataset_source import describe_source, local_path
     from training.text_data import SUFFIXES, check_text_file, find_local_files
@@ -179,7 +179,7 @@ def source_files(name: str, entry: dict[str, Any]) -> tuple[list[SourceFile], di
         return [SourceFile(name, place, kind="hub")], {}
     kind, found = find_local_files(local, "train", partial(check_text_file, text_column="text"))
     info = describe_source(local).get("info", {})
-    notice = {key: info[key] for key in ("license", "attribution") if key in info}
+    notice = {key: info[key] for key in ("license", "attribution", "language") if key in info}
     return [SourceFile(name, str(file), kind) for file in sorted(found["train"])], notice
 
 
