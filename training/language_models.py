@@ -62,6 +62,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         ) from error
 
 
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides which ids a text becomes."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+
+
 def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of the model at `path`; raises ValueError in one sentence, also where an adapter lies there."""
     folder = Path(path)

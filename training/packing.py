@@ -19,11 +19,14 @@ from trl import pack_dataset
 def pack_documents(
     dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, block_size: int
 ) -> Dataset | IterableDataset:
-    """Rows `text` to rows `input_ids` (at most `block_size` tokens) with `seq_lengths`, the pieces' lengths in them."""
+    """Rows `text` to rows `input_ids` (at most `block_size` tokens) with `seq_lengths`, the pieces' lengths in them.
+
+    Rows may have `input_ids` instead of `text`: documents that were tokenised before, without bos and eos.
+    """
     pieces = dataset.map(
         document_pieces,
         batched=True,
-        remove_columns=["text"],
+        remove_columns=list(dataset.features),
         fn_kwargs={"tokenizer": tokenizer, "block_size": block_size},
         **_progress(dataset, "Tokenising"),
     )
@@ -36,21 +39,24 @@ def document_start(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def document_pieces(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, block_size: int) -> dict[str, list]:
-    """Texts (`text`) to pieces of documents (`input_ids`), as the module's head describes them."""
-    # Text that spells a special token is text: a web page must not be able to end a document.
-    encoded = tokenizer(
-        batch["text"],
+    """Texts (`text`), or their tokens (`input_ids`), to pieces of documents, as the module's head describes them."""
+    pieces = []
+    for ids in batch["input_ids"] if "input_ids" in batch else text_ids(batch["text"], tokenizer):
+        document = [document_start(tokenizer), *ids, tokenizer.eos_token_id]
+        pieces += [document[i : i + block_size] for i in range(0, max(1, len(document) - 1), block_size - 1)]
+    return {"input_ids": pieces}
+
+
+def text_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Without bos and eos. Text that spells a special token is text: a web page must not be able to end a document."""
+    return tokenizer(
+        texts,
         add_special_tokens=False,
         split_special_tokens=True,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
     )["input_ids"]
-    pieces = []
-    for ids in encoded:
-        document = [document_start(tokenizer), *ids, tokenizer.eos_token_id]
-        pieces += [document[i : i + block_size] for i in range(0, max(1, len(document) - 1), block_size - 1)]
-    return {"input_ids": pieces}
 
 
 def _progress(dataset: Dataset | IterableDataset, description: str) -> dict[str, str]:

@@ -3,13 +3,12 @@
     python -m training.pretrain_lm --config training/recipes/llama_style/pretrain_quickstart.yaml
     accelerate launch --config_file training/accelerate_configs/ddp.yaml -m training.pretrain_lm --config ...
 
-Reads a tokenizer folder and a text data set; writes a model folder with its `run.json` and card. The same command again
-goes on from the last checkpoint, or says that the run is finished. Fields are those of `PretrainArguments` below and of
-transformers' `TrainingArguments`.
+Reads a tokenizer folder and a text data set, or the token shards that `training.prepare_text` made of one; writes a
+model folder with its `run.json` and card. The same command again goes on from the last checkpoint, or says that the run
+is finished. Fields are those of `PretrainArguments` below and of transformers' `TrainingArguments`.
 """
 
 import gzip
-import hashlib
 import lzma
 import math
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from hf_models.llama_style.checkpoints import load_checkpoint
 from hf_models.llama_style.sizes import SIZES
 
 from .command_line import parse_arguments
-from .language_models import end_of_turn_ids, flops_per_token, load_tokenizer
+from .language_models import end_of_turn_ids, flops_per_token, load_tokenizer, tokenizer_fingerprint
 from .packing import PackedBlockCollator, document_start, pack_documents
 from .run_folder_trainer import RunFolderMixin
 from .run_record import RunRecord
@@ -46,6 +45,7 @@ from .run_setup import (
     weights_fingerprint,
 )
 from .text_data import TextDataArguments, describe_texts, load_text_dataset
+from .token_data import describe_tokens, is_token_data, load_token_dataset
 
 SAMPLE_TOKENS = 64
 # A stream is shuffled within a window of so many blocks.
@@ -219,12 +219,27 @@ def check_arguments(arguments: PretrainArguments, training: OptimizationArgument
 
 
 def load_texts(
-    arguments: PretrainArguments, evaluates: bool
+    arguments: PretrainArguments, evaluates: bool, tokenizer: dict[str, str]
 ) -> tuple[Dataset | IterableDataset, Dataset | None, dict[str, Any]]:
-    """Training and held-out documents, and the description of both for `run.json`."""
+    """Training and held-out documents, and the description of both for `run.json`.
+
+    Args:
+        tokenizer: its `path` and `fingerprint`.
+    """
     options = {"text_column": arguments.text_column, "config": arguments.dataset_config}
-    train = load_text_dataset(arguments.dataset, arguments.dataset_split, streaming=arguments.streaming, **options)
-    data = {"train": describe_texts(train, arguments.dataset, arguments.dataset_split)}
+    if is_token_data(arguments.dataset):
+        if evaluates and arguments.eval_dataset is None:
+            raise ValueError(
+                f"{arguments.dataset} holds tokens to train on only: name text to evaluate on with --eval_dataset, or "
+                "give --eval_strategy no."
+            )
+        train = load_token_dataset(
+            arguments.dataset, arguments.dataset_split, *tokenizer.values(), streaming=arguments.streaming
+        )
+        data = {"train": describe_tokens(arguments.dataset, arguments.streaming)}
+    else:
+        train = load_text_dataset(arguments.dataset, arguments.dataset_split, streaming=arguments.streaming, **options)
+        data = {"train": describe_texts(train, arguments.dataset, arguments.dataset_split)}
     if data["train"].get("bytes") == 0:
         raise ValueError(f"Every document of {arguments.dataset} ({arguments.dataset_split}) is empty: give some text.")
     if not evaluates:
@@ -291,11 +306,11 @@ def prepare() -> tuple[PretrainTrainer, str | None] | None:
     tokenizer = load_tokenizer(arguments.tokenizer)
     model = build_model(arguments, tokenizer)
     check_arguments(arguments, training, model, tokenizer)
-    train_texts, held_out_texts, data = load_texts(arguments, evaluates=training.eval_strategy != "no")
-    data["tokenizer"] = {
-        "path": arguments.tokenizer,
-        "fingerprint": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16],
-    }
+    tokenizer_entry = {"path": arguments.tokenizer, "fingerprint": tokenizer_fingerprint(tokenizer)}
+    train_texts, held_out_texts, data = load_texts(
+        arguments, evaluates=training.eval_strategy != "no", tokenizer=tokenizer_entry
+    )
+    data["tokenizer"] = tokenizer_entry
     if arguments.model is not None:
         data["model"] = {"path": arguments.model, "fingerprint": weights_fingerprint(model)}
 

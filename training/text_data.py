@@ -115,6 +115,23 @@ def load_local_files(
         check_file: raises ValueError for what is wrong with a file of this kind, before anything is read of the others.
         kinds: those that can be read, of the values of `KINDS`.
     """
+    kind, found = find_local_files(path, split, check_file, config, kinds)
+    data_files = {name: list(map(str, files)) for name, files in found.items()}
+    options = {"sample_by": "paragraph", "encoding": "utf-8-sig"} if kind == "text" else {}
+    try:
+        return datasets.load_dataset(kind, data_files=data_files, split=split, streaming=streaming, **options)
+    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read as {kind}: {error.__cause__ or error}.") from error
+
+
+def find_local_files(
+    path: Path,
+    split: str,
+    check_file: Callable[[Path, str], None],
+    config: str | None = None,
+    kinds: tuple[str, ...] = ("parquet", "json", "text"),
+) -> tuple[str, dict[str, list[Path]]]:
+    """The kind of the files in the asked splits, and those files; arguments as for `load_local_files`."""
     by_split = files_by_split(path, config)
     asked = asked_splits(path, split, by_split)
     files = [file for name in asked for file in by_split[name]]
@@ -128,13 +145,7 @@ def load_local_files(
     kind = found.pop()
     for file in files:
         check_file(file, kind)
-
-    data_files = {name: list(map(str, by_split[name])) for name in asked}
-    options = {"sample_by": "paragraph", "encoding": "utf-8-sig"} if kind == "text" else {}
-    try:
-        return datasets.load_dataset(kind, data_files=data_files, split=split, streaming=streaming, **options)
-    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as {kind}: {error.__cause__ or error}.") from error
+    return kind, {name: by_split[name] for name in asked}
 
 
 def files_by_split(path: Path, config: str | None) -> dict[str, list[Path]]:
@@ -159,6 +170,7 @@ def open_bytes(file: Path):
 
 
 def check_text_file(file: Path, kind: str, text_column: str) -> None:
+    """Raises ValueError, in one sentence, where a local file of this kind holds no texts in `text_column`."""
     if kind == "parquet":
         _check_parquet(file, text_column)
         return
