@@ -4,7 +4,7 @@ import pytest
 
 from training.text_pipeline.code_rules import CodeArguments
 from training.text_pipeline.quality_rules import QualityRuleArguments
-from training.text_pipeline.source_rules import SourceArguments, source_rules
+from training.text_pipeline.source_rules import SourceKindArguments, source_rules
 
 
 @pytest.mark.parametrize(
@@ -16,11 +16,11 @@ from training.text_pipeline.source_rules import SourceArguments, source_rules
     ],
 )
 def test_stages_of_a_kind(kind, stages):
-    arguments = SourceArguments(source_kind=kind)
+    arguments = SourceKindArguments(source_kind=kind)
     rules = source_rules(arguments.source_kind, QualityRuleArguments(), CodeArguments())
     assert [stage.name for stage in rules] == stages
 
 
 def test_another_kind_is_refused():
     with pytest.raises(ValueError, match="source_kind is 'books': take web, code, latex"):
-        SourceArguments(source_kind="books")
+        SourceKindArguments(source_kind="books")

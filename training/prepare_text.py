@@ -7,12 +7,12 @@ The first form prepares one `--dataset`: it reads, extracts, drops repeated line
 scores, masks, decontaminates, drops near-duplicates, and with `--tokenizer` tokenises. The second takes `sources`, each
 prepared by a recipe of its own or finished already, and mixes their tokens.
 
-    OUTPUT/documents/*.parquet   the clean documents            OUTPUT/report.html   what was dropped, to read
-    OUTPUT/tokens/*.parquet      shards for `pretrain_lm`       OUTPUT/report.json   the same as numbers
-    OUTPUT/README.md             the data set's card            OUTPUT/work/         what is needed to go on after a stop
+    OUTPUT/documents/*.parquet   the clean documents          OUTPUT/report.html   what was dropped, to read
+    OUTPUT/tokens/*.parquet      shards for `pretrain_lm`     OUTPUT/report.json   the same as numbers
+    OUTPUT/README.md             the data set's card          OUTPUT/work/         what it takes to go on after a stop
 
 What is written depends on the input and the options, never on the number of workers. The same command again goes on
-after an interruption, or says that the data is finished. Stages: `training/text_pipeline/`; page: docs/text_pipeline.md.
+after an interruption, or says that the data is finished. The stages are in `training/text_pipeline/`.
 """
 
 import hashlib
@@ -29,7 +29,6 @@ from .run_record import RunRecord, portable
 from .text_pipeline.execution import ExecutionArguments, Phase, PhaseError, prepare_process, run_phases
 from .text_pipeline.language_id import check_language_model
 from .text_pipeline.mixture_inputs import MixArguments, document_phases, mixture_phases
-from .text_pipeline.perplexity_model import check_models as check_perplexity_models
 from .text_pipeline.reading import plan_tasks
 from .text_pipeline.reference_classifier import check_reference_model
 from .text_pipeline.report import LOGS, TALLIES, WriteReport
@@ -47,6 +46,7 @@ class OutputArguments:
     )
 
 
+PARTS = (SourceArguments, MixArguments, OutputArguments)
 # What changes nothing in what is written, and so may be another at each start.
 HOW = {item.name for item in fields(ExecutionArguments)} | {"keep_work"}
 
@@ -78,7 +78,7 @@ class Preparation:
         """
         content = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
         parts, given = [], {}
-        for part in (SourceArguments, MixArguments, OutputArguments):
+        for part in PARTS:
             named = {item.name: content.pop(item.name) for item in fields(part) if item.name in content}
             parts.append(part(**named))
             given |= named
@@ -99,7 +99,9 @@ def prepare(asked: Preparation) -> None:
         phases, data = mixture_phases(asked.mix, asked.work, asked.folder / "tokens"), {}
         inputs = {"files": phases[0].tasks}
     else:
-        tasks = plan_tasks(asked.source)
+        tasks, left_out = plan_tasks(asked.source)
+        if left_out:
+            print("Not read: " + ", ".join(f"{number} {suffix}" for suffix, number in left_out.items()), flush=True)
         check_models(asked.source)
         phases = source_phases(asked.source, tasks, asked.work, asked.folder / "documents")
         if asked.mix.tokenizer:
@@ -148,11 +150,9 @@ def prepare_sources(asked: Preparation) -> None:
 
 
 def check_models(source: SourceArguments) -> None:
-    """Raises ValueError where a model or evaluation set that the stages need cannot be used."""
+    """Raises ValueError where a model cannot be used; those of perplexity were opened with their arguments."""
     check_language_model(source)
     check_reference_model(source)
-    if source.perplexity_models:
-        check_perplexity_models(source.perplexity_models)
 
 
 def describe_input(tasks: list[list[str]]) -> dict[str, Any]:
@@ -179,6 +179,16 @@ def describe_models(source: SourceArguments) -> list[dict[str, str]]:
     return described
 
 
+def model_note(folder: Path) -> str:
+    """From the `run.json` that our training commands leave beside a model; empty beside another's."""
+    try:
+        data = json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"]
+        named = {name: entry.get("are") or entry["dataset"] for name, entry in data.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    return "Trained on " + "; ".join(f"{name}: {text}" for name, text in named.items()) + "."
+
+
 def finish(asked: Preparation, record: RunRecord) -> None:
     """What is left to do when all tasks are done, or submitted."""
     if asked.execution.executor == "slurm":
@@ -199,7 +209,9 @@ def finish(asked: Preparation, record: RunRecord) -> None:
 
 def main() -> None:
     with plain_errors():
-        *parts, given = parse_arguments(SourceArguments, MixArguments, OutputArguments, ExecutionArguments, description=__doc__)
+        *parts, given = parse_arguments(
+            SourceArguments, MixArguments, OutputArguments, ExecutionArguments, description=__doc__
+        )
         prepare_process()
     with plain_errors(ValueError, OSError, ImportError, PhaseError):
         prepare(Preparation(*parts, given))

@@ -69,7 +69,9 @@ def run_phases(phases: list[Phase], arguments: ExecutionArguments, logs: Path) -
             try:
                 _run_here(phase, arguments.workers, logs)
             except Exception as error:
-                raise PhaseError(f"{phase.name} failed: {error} (its tasks' logs: {logs / phase.name / 'logs'})") from error
+                raise PhaseError(
+                    f"{phase.name} failed: {error} (its tasks' logs: {logs / phase.name / 'logs'})"
+                ) from error
         return
     executor = None
     for phase in phases:

@@ -86,9 +86,9 @@ class ExtractText(DocumentStage):
 def has_too_many_attributes(html: str) -> bool:
     for part in html.split(">"):
         # A long tag may also be an image as a data URL, which has no white space.
-        if len(part) > 2 * MAX_ATTRIBUTES and (tag := TAG.search(part)):
-            if len(part[tag.start() :].split()) > MAX_ATTRIBUTES:
-                return True
+        tag = TAG.search(part) if len(part) > 2 * MAX_ATTRIBUTES else None
+        if tag and len(part[tag.start() :].split()) > MAX_ATTRIBUTES:
+            return True
     return False
 
 

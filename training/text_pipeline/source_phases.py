@@ -1,33 +1,44 @@
 """The stages of one source in their order, and the phases that they run in.
 
-    extract              read, extract, rules of code or LaTeX, hash_lines   a task for each file, or handful of small ones
-    check_reading        stops the run where too much could not be read
-    find_duplicate_lines
-    filter               line_dedup, language, quality rules, perplexity, reference, pii, decontamination
-    near_duplicates_*    MinHash; and the cut-offs of perplexity, where they are to be measured
-    write                near_duplicates, bucket, documents/*.parquet
+    extract                read, extract, hash_lines; a task for each file, or for some small ones together
+    check_reading          stops the run where too much could not be read
+    find_duplicate_lines   in all of the input
+    filter                 line_dedup, language, rules, perplexity, reference, pii, decontamination, sign_documents
+    find_near_duplicates, cluster_near_duplicates, measure_cutoffs
+    write                  near_duplicates, bucket, documents/*.parquet
 
 A phase that has nothing to do is left out: where neither near-duplicates nor cut-offs are asked for, `filter` writes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .code_rules import CodeArguments, code_rules
+from datatrove.pipeline.base import PipelineStep
+
+from .code_rules import CodeArguments
 from .decontamination import Decontaminate, DecontaminationArguments
 from .document_files import DocumentReader, DocumentWriter, ParquetDocuments
 from .execution import Phase
 from .extraction import ExtractionArguments, ExtractText
 from .language_id import IdentifyLanguage, LanguageArguments
 from .line_dedup import DropDuplicateLines, FindDuplicateLines, HashLines, LineDedupArguments
-from .near_duplicates import NearDuplicateArguments
+from .near_duplicates import (
+    ClusterNearDuplicates,
+    DropNearDuplicates,
+    FindNearDuplicates,
+    NearDuplicateArguments,
+    SignDocuments,
+)
 from .perplexity import AssignBucket, MeasureCutoffs, PerplexityArguments, ScorePerplexity
 from .pii import MaskPii, PiiArguments
-from .quality_rules import QualityRuleArguments, quality_rules
-from .reading import CheckReading, ReadArguments, ReadDocuments
+from .quality_rules import QualityRuleArguments
+from .reading import ReadArguments, ReadDocuments, check_bad_share
 from .reference_classifier import ReferenceArguments, ScoreReference
-from .stage import DocumentStage, TalliedStep
+from .report import TALLIES
+from .source_rules import SourceKindArguments, source_rules
+from .stage import DocumentStage, FolderStage, TalliedStep
+from .tally import Tally
+from .token_files import TokeniseDocuments
 
 # What the report says of each stage, in the order in which documents pass.
 WHAT = {
@@ -42,7 +53,7 @@ WHAT = {
     "gopher_repetition": "Gopher's rules of repetition.",
     "fineweb": "FineWeb's rules of quality.",
     "perplexity": "Scores documents by an n-gram model of reference text.",
-    "measure_cutoffs": "Measures at which perplexities the buckets end.",
+    "perplexity_cutoffs": "Measures at which perplexities the buckets end.",
     "reference": "Drops what a classifier tells from pages that references point to.",
     "pii": "Masks e-mail and IP addresses.",
     "decontamination": "Drops what shares n-grams with the evaluation sets.",
@@ -58,8 +69,9 @@ class SourceArguments(
     ExtractionArguments,
     LineDedupArguments,
     LanguageArguments,
+    SourceKindArguments,
     QualityRuleArguments,
-    SourceRuleArguments,
+    CodeArguments,
     PerplexityArguments,
     ReferenceArguments,
     PiiArguments,
@@ -79,12 +91,12 @@ def source_phases(arguments: SourceArguments, tasks: list[list[str]], work: Path
     count = len(tasks)
     extracted, filtered, lines = work / "extracted", work / "filtered", work / "lines"
     dedups_lines = arguments.line_dedup != "off"
-    extract = [ReadDocuments(tasks, arguments), ExtractText(arguments), *source_rules(arguments)]
+    extract = [ReadDocuments(tasks, arguments), ExtractText(arguments)]
     if dedups_lines:
         extract.append(HashLines(lines))
     phases = [
         Phase("extract", [*extract, DocumentWriter("write_extracted", extracted)], count),
-        Phase("check_reading", [CheckReading(work / TALLIES / "read", arguments.max_bad_share)], 1),
+        Phase("check_reading", [CheckReading(work / TALLIES, arguments.max_bad_share)], 1),
     ]
     filters: list[PipelineStep] = [DocumentReader("read_extracted", extracted)]
     if dedups_lines:
@@ -100,7 +112,26 @@ def source_phases(arguments: SourceArguments, tasks: list[list[str]], work: Path
         filters.append(SignDocuments(work / "near_duplicates", arguments.config))
         writes.insert(0, DropNearDuplicates(work / "near_duplicates"))
     filter_phase = Phase("filter", [*filters, DocumentWriter("write_filtered", filtered)], count)
-    return [*phases, filter_phase, *between, Phase("write", [DocumentReader("read_filtered", filtered), *writes], count)]
+    return [
+        *phases,
+        filter_phase,
+        *between,
+        Phase("write", [DocumentReader("read_filtered", filtered), *writes], count),
+    ]
+
+
+class CheckReading(FolderStage):
+    """Stops the run, with BadInputError, where in all tasks together too much could not be read."""
+
+    name = "check_reading"
+
+    def __init__(self, tallies: Path, max_bad_share: float):
+        super().__init__()
+        self.tallies, self.max_bad_share = tallies, max_bad_share
+
+    def work(self, rank: int, world_size: int) -> None:
+        files = sorted((self.tallies / ReadDocuments.name).glob("*.json"))
+        check_bad_share(map(Tally.load, files), self.max_bad_share)
 
 
 def document_filters(arguments: SourceArguments, work: Path) -> list[DocumentStage]:
@@ -108,7 +139,7 @@ def document_filters(arguments: SourceArguments, work: Path) -> list[DocumentSta
     stages: list[DocumentStage] = []
     if arguments.language_model:
         stages.append(IdentifyLanguage(arguments))
-    stages += quality_rules(arguments)
+    stages += source_rules(arguments.source_kind, arguments, arguments)
     if arguments.perplexity_models:
         stages.append(ScorePerplexity(arguments.perplexity_models, work / "perplexities"))
     if arguments.reference_model:
@@ -116,7 +147,7 @@ def document_filters(arguments: SourceArguments, work: Path) -> list[DocumentSta
     if arguments.mask_emails or arguments.mask_ips:
         stages.append(MaskPii(arguments))
     if arguments.decontaminate:
-        stages.append(Decontaminate(arguments))
+        stages.append(Decontaminate(arguments, work / "contaminated"))
     return stages
 
 
@@ -130,22 +161,19 @@ def global_phases(arguments: SourceArguments, count: int, work: Path) -> list[Ph
             Phase("cluster_near_duplicates", [ClusterNearDuplicates(folder, count, config)], 1),
         ]
     if measures_cutoffs(arguments):
-        measure = MeasureCutoffs(
-            work / "perplexities", count, arguments.perplexity_percentiles, work / "cutoffs.json"
-        )
+        measure = MeasureCutoffs(work / "perplexities", count, arguments.perplexity_percentiles, work / "cutoffs.json")
         phases.append(Phase("measure_cutoffs", [measure], 1))
     return phases
 
 
 def measures_cutoffs(arguments: SourceArguments) -> bool:
-    return bool(arguments.perplexity_models) and arguments.perplexity_cutoffs == "measured"
+    return bool(arguments.perplexity_models) and arguments.given_cutoffs() is None
 
 
 def bucket_stages(arguments: SourceArguments, work: Path) -> list[DocumentStage]:
     if not arguments.perplexity_models:
         return []
-    cutoffs = work / "cutoffs.json" if measures_cutoffs(arguments) else arguments.perplexity_cutoffs
-    return [AssignBucket(cutoffs, arguments.keep_buckets)]
+    return [AssignBucket(arguments.given_cutoffs() or work / "cutoffs.json", arguments.keep_buckets)]
 
 
 def describe_stages(phases: list[Phase]) -> list[dict[str, str]]:
@@ -165,4 +193,4 @@ def describe_stages(phases: list[Phase]) -> list[dict[str, str]]:
 def is_document_stage(step: TalliedStep) -> bool:
     """Whether documents pass through it that it can drop: what the report's funnel shows."""
     passes_all = isinstance(step, HashLines | SignDocuments)
-    return isinstance(step, DocumentStage | ReadDocuments | ParquetDocuments) and not passes_all
+    return isinstance(step, DocumentStage | ReadDocuments | ParquetDocuments | TokeniseDocuments) and not passes_all

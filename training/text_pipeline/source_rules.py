@@ -11,7 +11,7 @@ SOURCE_KINDS = ("web", "code", "latex")
 
 
 @dataclass
-class SourceArguments:
+class SourceKindArguments:
     source_kind: str = field(
         default="web",
         metadata={"help": "What the documents are: web (or any prose), code (a file each) or latex (a paper each)."},
