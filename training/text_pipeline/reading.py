@@ -274,7 +274,7 @@ def _local_path(arguments: ReadArguments) -> Path | None:
         return path
     from ..dataset_source import local_path
 
-    return local_path(arguments.dataset, "text", {*WEB_KINDS, *ROW_KINDS, *PACKED})
+    return local_path(arguments.dataset, None, {*WEB_KINDS, *ROW_KINDS, *PACKED})
 
 
 def _root(path: Path) -> Path:
