@@ -24,4 +24,12 @@ class RegexWordTokenizer(WordTokenizer):
         return [match.span() for match in SENTENCE.finditer(text)]
 
 
+class UnpunctuatedWordTokenizer(RegexWordTokenizer):
+    """The same words without the punctuation: where a share of all words is asked, or the same words differ in it."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        return [word for word in WORD.findall(text) if word[0].isalnum()]
+
+
 WORDS = RegexWordTokenizer()
+UNPUNCTUATED_WORDS = UnpunctuatedWordTokenizer()

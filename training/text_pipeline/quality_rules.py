@@ -1,0 +1,174 @@
+"""Rules of thumb for web text: Gopher's (arXiv 2112.11446, appendix A.1), C4's (1910.10683) and FineWeb's (2406.17557).
+
+The rules are datatrove's filters with its thresholds, which are the papers'. Particular here: words are found by two
+regular expressions (`words`), not by spaCy; a rule that holds for English only is left out where a document's
+`language` is known to be another; and the repetition rule is datatrove's to the result, at several times its speed.
+
+C4's list of bad words is not included: it is English slang of 2012, and it drops what minorities write (2104.08758).
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from datatrove.data import Document
+from datatrove.pipeline.filters import (
+    C4QualityFilter,
+    FineWebQualityFilter,
+    GopherQualityFilter,
+    GopherRepetitionFilter,
+)
+from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
+from datatrove.utils.text import split_into_words
+
+from .stage import DocumentStage
+from .words import UNPUNCTUATED_WORDS, WORDS
+
+# The cheapest first. C4's rules also drop lines, so FineWeb's, which look at the lines, come before.
+RULES = ("fineweb", "c4", "gopher_quality", "gopher_repetition")
+# Languages, named as fastText's lid.176 names them, without a space between words: what `words` finds in them are not
+# words, so neither their lengths nor their n-grams mean what the rules mean.
+WITHOUT_SPACES = frozenset({"bo", "dz", "ja", "km", "lo", "my", "th", "wuu", "yue", "zh"})
+# Further ones whose sentences do not end in a mark that C4 knows: . ! ? "
+OTHER_FULL_STOP = frozenset(
+    {"am", "as", "bh", "bn", "bpy", "hi", "hy", "mai", "mr", "ne", "or", "pa", "pnb", "sa", "sd", "ti", "ur"}
+)
+
+
+@dataclass
+class QualityRuleArguments:
+    quality_rules: list[str] = field(
+        default_factory=lambda: ["gopher_quality", "gopher_repetition", "c4"],
+        metadata={
+            "help": "Rules that drop documents of the web: gopher_quality, gopher_repetition, c4 (drops lines too), "
+            "fineweb; or off."
+        },
+    )
+
+    def __post_init__(self):
+        if self.quality_rules == ["off"]:
+            self.quality_rules = []
+        unknown = [name for name in self.quality_rules if name not in RULES]
+        if unknown:
+            raise ValueError(
+                f"--quality_rules has {', '.join(map(repr, unknown))}: name some of {', '.join(sorted(RULES))}, or off."
+            )
+
+
+def quality_rules(arguments: QualityRuleArguments) -> list[DocumentStage]:
+    """A stage for each rule that is asked for, the cheapest first whatever the order they are named in."""
+    return [QualityRule(name) for name in RULES if name in arguments.quality_rules]
+
+
+class QualityRule(DocumentStage):
+    """One family of rules, as far as it fits the document's language; one without `language` is taken for English.
+
+    Args:
+        name: one of `RULES`, also the stage's name in the report.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        super().__init__()
+        self.filters = _filters(name)
+
+    def process(self, document: Document) -> str | None:
+        if not document.text.strip():
+            return "empty"
+        language = document.metadata.get("language") or "en"
+        rule = self.filters[_kind_of_language(language)]
+        if rule is None:
+            self.tally.counts[f"not examined: {language}"] += 1
+            return None
+        kept, reason = get_filter_result(rule.filter(document))
+        return None if kept else reason
+
+
+def _kind_of_language(language: str) -> str:
+    if language in WITHOUT_SPACES:
+        return "without spaces"
+    if language in OTHER_FULL_STOP:
+        return "other full stop"
+    return "english" if language == "en" else "other"
+
+
+def _filters(name: str) -> dict[str, BaseFilter | None]:
+    """What examines each kind of language; None where the rules mean nothing."""
+    if name == "gopher_quality":
+        # At least 80 % of the words must have a letter: with punctuation among them, a tenth of Wikipedia's leads fail.
+        english = GopherQualityFilter(language=UNPUNCTUATED_WORDS)
+        # The stop words are English.
+        other = GopherQualityFilter(language=UNPUNCTUATED_WORDS, min_stop_words=None)
+        return {"english": english, "other": other, "other full stop": other, "without spaces": None}
+    if name == "c4":
+        rule = C4QualityFilter(language=WORDS)
+        return {"english": rule, "other": rule, "other full stop": None, "without spaces": None}
+    if name == "gopher_repetition":
+        rule = RepetitionFilter(language=WORDS)
+        lines = GopherRepetitionFilter(language=WORDS, top_n_grams=(), dup_n_grams=())
+        return {"english": rule, "other": rule, "other full stop": rule, "without spaces": lines}
+    rule = FineWebQualityFilter(language=WORDS)
+    return dict.fromkeys(("english", "other", "other full stop", "without spaces"), rule)
+
+
+class RepetitionFilter(GopherRepetitionFilter):
+    """datatrove's rule of repeated lines, paragraphs and n-grams, faster.
+
+    n-grams are counted as tuples, not as joined strings; and the walk over a document for repeated n-grams, which is
+    the slow part, is made only where a bound on its outcome does not decide: it can count no position whose n-gram did
+    not occur before, nor more characters at one than n times the longest word.
+    """
+
+    def __init__(self, language):
+        super().__init__(language=language)
+        self.top_limits, self.repeated_limits = self.top_n_grams, self.dup_n_grams
+        self.top_n_grams, self.dup_n_grams = (), ()  # what is left to the base class: lines and paragraphs
+
+    def filter(self, document: Document) -> bool | tuple[bool, str]:
+        result = super().filter(document)
+        if result is not True:
+            return result
+        characters = len(document.text)
+        words = split_into_words(document.text, self.language)
+        for n, limit in self.top_limits:
+            if _top_n_gram_characters(words, n) > limit * characters:
+                return False, f"top_{n}_gram"
+        longest = max(map(len, words), default=0)
+        n, _ = self.repeated_limits[0]
+        # No longer n-gram is repeated at more positions than the shortest.
+        repeated = max(len(words) - n + 1, 0) - len(set(_n_grams(words, n)))
+        for n, limit in self.repeated_limits:
+            if (
+                repeated * n * longest > limit * characters
+                and _repeated_n_gram_characters(words, n) > limit * characters
+            ):
+                return False, f"duplicated_{n}_n_grams"
+        return True
+
+
+def _n_grams(words: list[str], n: int):
+    return zip(*(words[start:] for start in range(n)), strict=False)
+
+
+def _top_n_gram_characters(words: list[str], n: int) -> int:
+    """Characters in all occurrences of the most frequent n-gram, with the spaces between its words."""
+    counts = Counter(_n_grams(words, n))
+    if not counts:
+        return 0
+    top = max(counts, key=counts.get)  # the first of several, as `most_common`
+    return (sum(map(len, top)) + n - 1) * counts[top]
+
+
+def _repeated_n_gram_characters(words: list[str], n: int) -> int:
+    """Characters in n-grams that occurred before, none counted twice: after one, the next begins behind it."""
+    seen = set()
+    characters, start = 0, 0
+    n_grams = list(_n_grams(words, n))
+    while start < len(n_grams):
+        n_gram = n_grams[start]
+        if n_gram in seen:
+            characters += sum(map(len, n_gram))
+            start += n
+        else:
+            seen.add(n_gram)
+            start += 1
+    return characters
