@@ -4,8 +4,8 @@ datatrove's formatter takes its replacements in turn from a counter that goes on
 document becomes depends on which others its worker saw. Here an address becomes one and the same, of those that are
 reserved for documentation (RFC 2606, 5737, 3849), so masking twice is masking once. Particular also: IPv6; numbers with
 more than four parts or with a letter before (`v1.2.3.4`) are not addresses; and what is searched is bounded, where
-datatrove's expression takes time quadratic in the length of a line of base64. A version such as 8.1.2.3 looks like a
-public address and is masked.
+datatrove's expression takes time quadratic in the length of a line of base64. A version or the number of a section,
+such as 8.1.2.3, looks like a public address and is masked.
 """
 
 import ipaddress
