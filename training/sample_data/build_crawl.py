@@ -162,7 +162,7 @@ def pages(wheel: Path, articles: int, chance: random.Random) -> Iterator[Page]:
             "personal data",
             "Letters",
             [
-                f"Write to keeper{i}@mail{i}.example-post.org, or to the server at 81.2.69.{i % 250}, about this.",
+                f"Write to {nonsense(chance)}@{nonsense(chance)}.example.org, or see 81.2.{i % 250}.7, {nonsense(chance)}.",
                 *(lead["text"] for lead in unused[i]),
             ],
         )
@@ -170,7 +170,10 @@ def pages(wheel: Path, articles: int, chance: random.Random) -> Iterator[Page]:
             address(f"exercise-{i}"),
             "contaminated",
             "Exercises",
-            [EVALUATION_ITEMS[i % 2], *(near_duplicate(p, 0.5, chance) for p in made[-1 - i].paragraphs)],
+            [
+                f"{nonsense(chance)}: {EVALUATION_ITEMS[i % 2]}",
+                *(near_duplicate(p, 0.5, chance) for p in made[-1 - i].paragraphs),
+            ],
         )
     french = leads(wheel, LANGUAGES["fr"])[2 * share : 2 * share + 2]
     latin = [article(group, "latin-1", "fr") for group in french]
