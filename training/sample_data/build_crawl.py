@@ -106,13 +106,15 @@ def leads(wheel: Path, language: str) -> list[list[dict]]:
     return sorted(whole, key=lambda page: hashlib.sha1(page[0]["title"].encode()).hexdigest())
 
 
-def near_duplicate(paragraph: str, jaccard: float, chance: random.Random) -> str:
+def changed(paragraphs: list[str], jaccard: float, chance: random.Random) -> list[str]:
     """Other words at places more than five apart: each takes five 5-grams out of the n and puts five others in."""
-    words = paragraph.split()
-    changes = max(1, round(len(words) * (1 - jaccard) / (5 * (1 + jaccard))))
-    for i in range(changes):
-        words[int((i + chance.uniform(0.3, 0.7)) * len(words) / changes)] = nonsense(chance)
-    return " ".join(words)
+    copies = []
+    for words in map(str.split, paragraphs):
+        changes = max(1, round(len(words) * (1 - jaccard) / (5 * (1 + jaccard))))
+        for i in range(changes):
+            words[int((i + chance.uniform(0.3, 0.7)) * len(words) / changes)] = nonsense(chance)
+        copies.append(" ".join(words))
+    return copies
 
 
 def nonsense(chance: random.Random) -> str:
@@ -142,7 +144,7 @@ def pages(wheel: Path, articles: int, chance: random.Random) -> Iterator[Page]:
             copy, label = original.paragraphs, "exact duplicate"
         else:
             jaccard = (0.9, 0.8)[i % 3 - 1]
-            copy = [near_duplicate(paragraph, jaccard, chance) for paragraph in original.paragraphs]
+            copy = changed(original.paragraphs, jaccard, chance)
             label = f"near duplicate {jaccard}"
         yield Page(address(f"copy-{i}"), label, original.title, copy)
     for i in range(share):
@@ -162,7 +164,7 @@ def pages(wheel: Path, articles: int, chance: random.Random) -> Iterator[Page]:
             "personal data",
             "Letters",
             [
-                f"Write to {nonsense(chance)}@{nonsense(chance)}.example.org, or see 81.2.{i % 250}.7, {nonsense(chance)}.",
+                f"Write to {nonsense(chance)}@{nonsense(chance)}.example.org, or {nonsense(chance)} at 81.2.{i % 250}.7.",
                 *(lead["text"] for lead in unused[i]),
             ],
         )

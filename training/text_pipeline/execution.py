@@ -113,7 +113,8 @@ def prepare_process() -> None:
     # What this process forks, such as the manager of datatrove's queue, must not outlive it: it would keep the lock of
     # the output folder.
     os.register_at_fork(after_in_child=die_with_parent)
-    multiprocess.set_forkserver_preload(["training.text_pipeline.source_phases"])
+    # pyarrow imports pandas at the first table that it is asked for: once for all workers.
+    multiprocess.set_forkserver_preload(["pandas", "training.text_pipeline.source_phases"])
 
 
 def die_with_parent() -> None:
