@@ -164,7 +164,7 @@ def pages(wheel: Path, articles: int, chance: random.Random) -> Iterator[Page]:
             "personal data",
             "Letters",
             [
-                f"Write to {nonsense(chance)}@{nonsense(chance)}.example.org, or {nonsense(chance)} at 81.2.{i % 250}.7.",
+                f"Write to {nonsense(chance)}@{nonsense(chance)}.example.org or {nonsense(chance)} at 81.2.{i % 250}.7.",
                 *(lead["text"] for lead in unused[i]),
             ],
         )
@@ -174,7 +174,7 @@ def pages(wheel: Path, articles: int, chance: random.Random) -> Iterator[Page]:
             "Exercises",
             [
                 f"{nonsense(chance)}: {EVALUATION_ITEMS[i % 2]}",
-                *(near_duplicate(p, 0.5, chance) for p in made[-1 - i].paragraphs),
+                *changed(made[-1 - i].paragraphs, 0.5, chance),
             ],
         )
     french = leads(wheel, LANGUAGES["fr"])[2 * share : 2 * share + 2]
