@@ -164,7 +164,7 @@ def pages(wheel: Path, articles: int, chance: random.Random) -> Iterator[Page]:
             "personal data",
             "Letters",
             [
-                f"Write to {nonsense(chance)}@{nonsense(chance)}.example.org or {nonsense(chance)} at 81.2.{i % 250}.7.",
+                f"Write to {nonsense(chance)}@{nonsense(chance)}.example.org or see 81.2.{i % 250}.7.",
                 *(lead["text"] for lead in unused[i]),
             ],
         )
