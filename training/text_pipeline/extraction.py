@@ -84,12 +84,10 @@ class ExtractText(DocumentStage):
 
 
 def has_too_many_attributes(html: str) -> bool:
-    for part in html.split(">"):
-        # A long tag may also be an image as a data URL, which has no white space.
-        if len(part) > 2 * MAX_ATTRIBUTES and (tag := TAG.search(part)):
-            if len(part[tag.start() :].split()) > MAX_ATTRIBUTES:
-                return True
-    return False
+    # A long tag may also be an image as a data URL, which has no white space.
+    long = (part for part in html.split(">") if len(part) > 2 * MAX_ATTRIBUTES)
+    tags = (part[tag.start() :] for part in long if (tag := TAG.search(part)))
+    return any(len(tag.split()) > MAX_ATTRIBUTES for tag in tags)
 
 
 def decode_page(raw: bytes, http_charset: str | None) -> str | None:
