@@ -156,7 +156,9 @@ def test_damage_in_the_middle_costs_one_record(name, tmp_path):
             assert lost in ([], [4])
         else:
             assert lost == [4]
-            assert [entry[:2] for entry in bad(tally)] == [(name, starts[4])]
+            # Where no member begins any more, the damage is told of the next one that does.
+            expected = starts[5] if name == "a.warc.zst" and place == 0 else starts[4]
+            assert [entry[:2] for entry in bad(tally)] == [(name, expected)]
 
 
 def test_malformed_records_are_counted_at_their_offset_and_left_out(tmp_path):
