@@ -19,6 +19,8 @@ from resiliparse.parse.html import HTMLTree
 from .stage import RAW, DocumentStage
 
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+# Python's codecs for what pages mean by these names, as the WHATWG Encoding Standard has it: with the vendors' additions.
+WIDER_CHARSETS = {"shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs", "gbk": "gb18030"}
 # Of characters that had to be replaced, where no charset fits: one in so many makes a page undecodable.
 CHARACTERS_A_REPLACEMENT = 1000
 MAX_DEPTH = 512  # of elements: Blink's kMaximumHTMLParserDOMTreeDepth
@@ -84,12 +86,10 @@ class ExtractText(DocumentStage):
 
 
 def has_too_many_attributes(html: str) -> bool:
-    for part in html.split(">"):
-        # A long tag may also be an image as a data URL, which has no white space.
-        tag = TAG.search(part) if len(part) > 2 * MAX_ATTRIBUTES else None
-        if tag and len(part[tag.start() :].split()) > MAX_ATTRIBUTES:
-            return True
-    return False
+    # A long tag may also be an image as a data URL, which has no white space.
+    long = (part for part in html.split(">") if len(part) > 2 * MAX_ATTRIBUTES)
+    tags = (part[tag.start() :] for part in long if (tag := TAG.search(part)))
+    return any(len(tag.split()) > MAX_ATTRIBUTES for tag in tags)
 
 
 def decode_page(raw: bytes, http_charset: str | None) -> str | None:
@@ -114,7 +114,7 @@ def decode_page(raw: bytes, http_charset: str | None) -> str | None:
 
 def decode(raw: bytes, charset: str) -> str | None:
     try:
-        return raw.decode(charset)
+        return raw.decode(WIDER_CHARSETS.get(charset, charset))
     except UnicodeDecodeError:
         return None
 

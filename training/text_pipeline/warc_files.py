@@ -23,6 +23,7 @@ from .tally import Tally
 
 HTML_TYPES = {"text/html", "application/xhtml+xml"}
 CHUNK = 1 << 20  # bytes
+MAX_HEADER = 32 << 10  # bytes: FastWARC's own limit
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5"
 # How a record begins, by the first two bytes of the file; the last is that of files that are not packed.
 RECORD_STARTS = {
@@ -143,15 +144,15 @@ def read_records(
         start: int | None = 0
         while start is not None:
             file.seek(start)
-            offset, end, reason = start, None, "damaged record"
+            offset, whole, reason = start, None, "damaged record"
             try:
                 for record in warc.ArchiveIterator(file, parse_http=False):
-                    offset, end = record.stream_pos, None
+                    offset, whole = record.stream_pos, None
                     block = record.reader.read(min(record.content_length, max_record_bytes))
                     if problem := check_record(record, block, max_record_bytes):
                         reason = problem
                         break
-                    end = offset + (0 if packing else record.content_length)
+                    whole = record.content_length
                     yield offset, record, block
                 else:
                     if packing == GZIP and size - offset <= max_record_bytes:
@@ -160,19 +161,28 @@ def read_records(
             except OSError:
                 pass
             # Where the record at `offset` was read to its end, the damage is behind it.
-            place = offset if end is None else (member_end(file, offset) if packing == GZIP else None) or end
+            place = offset if whole is None else record_end(file, packing, offset, whole)
             if place != counted:
                 tally.bad(name, place, reason)
                 counted = place
-            start = find(
-                file, re.compile(RECORD_STARTS[packing]), offset + 1 if end is None else max(place, offset + 1)
-            )
+            start = find(file, re.compile(RECORD_STARTS[packing]), max(place, offset + 1))
 
 
 def check_record(record: warc.WarcRecord, block: bytes, max_record_bytes: int) -> str | None:
     if record.headers.get("Content-Length") != str(record.content_length) or not record.headers.get("WARC-Type"):
         return "malformed WARC record"
     return "truncated record" if len(block) < min(record.content_length, max_record_bytes) else None
+
+
+def record_end(file: BinaryIO, packing: bytes, offset: int, content_length: int) -> int:
+    """Where the record ends that begins at `offset`; where that cannot be told, an offset in it."""
+    if packing == GZIP:
+        return member_end(file, offset) or offset
+    if packing == ZSTD:
+        return find(file, re.compile(RECORD_STARTS[ZSTD]), offset + 1) or offset
+    file.seek(offset)
+    header = file.read(MAX_HEADER).find(b"\r\n\r\n") + 4
+    return offset + header + content_length + 4
 
 
 def check_end(file: BinaryIO, name: str, offset: int, tally: Tally) -> None:
@@ -201,12 +211,14 @@ def member_end(file: BinaryIO, offset: int) -> int | None:
 
 
 def find(file: BinaryIO, pattern: re.Pattern[bytes], start: int) -> int | None:
-    """The offset at which `pattern` matches next, from `start` on."""
+    """The offset at which `pattern` matches next, from `start` on; it may look back four bytes."""
+    skip = min(start, 4)
+    file.seek(start - skip)
     overlap = b""
-    file.seek(start)
     while chunk := file.read(CHUNK):
         window = overlap + chunk
-        if match := pattern.search(window):
+        if match := pattern.search(window, skip):
             return file.tell() - len(window) + match.start()
         overlap = window[-16:]
+        skip = min(len(overlap), 4)
     return None
