@@ -5,8 +5,8 @@
 
 FOLDER may hold a file for each language, en.txt, fr.txt, with a document a paragraph. The model is of the kind of
 fastText's own lid.176: words and their character n-grams, and a hierarchical softmax; with fewer vectors, for fewer
-languages. The same text gives the same bytes. Writes `language_id.bin` or `.ftz`, for `--language_model` of `training.prepare_text`, with
-the run's `run.json` and a README of its figures.
+languages. The same text gives the same bytes. Writes `language_id.bin` or `.ftz`, for `--language_model` of
+`training.prepare_text`, with the run's `run.json` and a README of its figures.
 """
 
 import tempfile
