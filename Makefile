@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .PHONY: quickstart quickstart-language quickstart-chat quickstart-reasoning quickstart-vision demo-vision demo-r1 \
-	demo-r1-report test test-slow llama-cpp lint format clean
+	demo-r1-report test test-slow llama-cpp kenlm lint format clean
 
 quickstart: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m training.quickstart
@@ -36,6 +36,20 @@ test-slow: $(INSTALLED)
 llama-cpp: $(INSTALLED)
 	CMAKE_BUILD_PARALLEL_LEVEL=$$(nproc) CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" \
 		$(BIN)/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt llama-cpp-python
+
+# KenLM for perplexity: the Python module, and the programs that estimate a model; about five minutes. On Debian it needs
+# cmake, g++, libboost-program-options-dev, libboost-system-dev, libboost-thread-dev and libboost-test-dev.
+KENLM := $(VENV)/kenlm
+kenlm: $(INSTALLED)
+	rm -rf $(KENLM)
+	$(BIN)/pip download --quiet --no-cache-dir --disable-pip-version-check -c constraints.txt \
+		--no-deps --no-binary kenlm --dest $(KENLM) kenlm
+	tar -xzf $(KENLM)/kenlm-*.tar.gz -C $(KENLM) --strip-components 1
+	cmake -S $(KENLM) -B $(KENLM)/build -DCMAKE_BUILD_TYPE=Release
+	cmake --build $(KENLM)/build --parallel $$(nproc) --target lmplz build_binary
+	cp $(KENLM)/build/bin/lmplz $(KENLM)/build/bin/build_binary $(BIN)
+	$(BIN)/pip install --no-cache-dir --disable-pip-version-check $(KENLM)/kenlm-*.tar.gz
+	rm -rf $(KENLM)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -39,6 +39,8 @@ HUB_METADATA = {
         },
     },
     "train_tokenizer": {"tags": ["tokenizer"], "metrics": {}},
+    # Figures of one vocabulary, which compare with no other model's.
+    "train_perplexity_model": {"library": None, "tags": ["kenlm", "sentencepiece", "perplexity"], "metrics": {}},
     "sft": {
         "pipeline_tag": "text-generation",
         "tags": ["sft", "trl", "conversational"],
