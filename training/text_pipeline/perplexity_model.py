@@ -181,7 +181,9 @@ def _load_ngrams(file: Path, populate: bool) -> Any:
     try:
         return kenlm.Model(str(file), config)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{file} is no KenLM model ({_one_line(error)}): copy or train it again.") from error
+        # Before that, KenLM names its own source lines.
+        reason = _one_line(error).rpartition("Exception")[2].strip(" .)")
+        raise ValueError(f"{file} is no KenLM model ({reason[:200]}): copy or train it again.") from error
 
 
 def _one_line(error: Exception) -> str:
