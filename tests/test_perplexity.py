@@ -19,8 +19,10 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import sentencepiece
+from card_runs import card_text, python_snippets
 from datatrove.data import Document
 
+from hub_cards.build_card import build_card
 from training import train_perplexity_model
 from training.command_line import parse_arguments
 from training.text_pipeline.perplexity import (
@@ -462,3 +464,23 @@ def test_without_lmplz_the_mend_is_told(run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     status, _, err = run("--output_dir", tmp_path / "out")
     assert (status, "make kenlm" in err, (tmp_path / "out").exists()) == (2, True, False)
+
+
+def test_a_card_tells_the_figures_and_opens_what_it_describes(tmp_path):
+    figures = {"perplexity": 101.66, "bits_per_character": 1.5317, "unknown_pieces": 0.0004}
+    figures |= {"median_document_perplexity": 109.4, "documents": 501, "tokens": 56_482}
+    run = {
+        "task": "train_perplexity_model",
+        "metrics": {f"eval_{name}": value for name, value in figures.items()},
+        "perplexity_model": {
+            "language": "fr", "vocab_size": 8000, "order": 5, "ngrams": [8271, 266689, 662933, 876177, 955767],
+            "fallback_discounts": True,
+        },
+    }  # fmt: skip
+    card = card_text(tmp_path / "fr", run)
+    assert "| 5 | 955,767 |" in card
+    assert "| 101.7 |" in card
+    assert "no estimate" in card
+    assert python_snippets(card).count("fr.") == 2
+    hub_card = build_card(tmp_path / "fr", hub_id="someone/french").read_text(encoding="utf-8")
+    assert 'snapshot_download("someone/french")' in python_snippets(hub_card)
