@@ -30,7 +30,7 @@ from hub_cards.build_card import build_card
 from .command_line import parse_arguments, plain_errors
 from .run_record import RunRecord
 from .text_data import TextDataArguments, describe_texts, iterate_texts, load_text_dataset
-from .text_pipeline.perplexity_model import MEND, PIECES_SUFFIX, PerplexityModel, normalize
+from .text_pipeline.perplexity_model import PIECES_SUFFIX, PerplexityModel, normalize
 from .text_pipeline.tally import replace_file
 
 ORDER = 5  # the paper's
@@ -106,7 +106,7 @@ def find_program(name: str) -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     if (found := shutil.which(name, path=path)) is None:
         raise FileNotFoundError(
-            f"KenLM's program {name} is not beside {Path(sys.executable).name}, nor in PATH: {MEND}."
+            f"KenLM's program {name} is not beside {Path(sys.executable).name}, nor in PATH: run `make kenlm`."
         )
     return found
 

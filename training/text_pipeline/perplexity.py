@@ -10,6 +10,7 @@ import csv
 import json
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -208,7 +209,7 @@ def choose_bucket(perplexity: float, cutoffs: list[float] | None) -> str:
     return "head" if perplexity < head else "middle" if perplexity < tail else "tail"
 
 
-def read_cutoffs(file: Path, percentiles: list[float] = ()) -> dict[str, list[float]]:
+def read_cutoffs(file: Path, percentiles: Sequence[float] = ()) -> dict[str, list[float]]:
     """Language -> [head, tail] of a JSON file, or of two rows of a CSV file, those of `percentiles`.
 
     CCNet's CSV has a column for each language and a row for each percentile, whose number is in the first column.

@@ -18,7 +18,6 @@ NGRAM_SUFFIXES = (".arpa.bin", ".binary", ".bin", ".arpa")
 # So large a share of the vocabulary's pieces must be words of the n-gram model: of two files that were trained together
 # almost all are.
 LEAST_KNOWN_PIECES = 0.5
-MEND = "run `make kenlm`, or `pip install 'hf_models[perplexity]'`, which compiles for minutes"
 
 
 class PerplexityModel:
@@ -174,14 +173,18 @@ def _load_ngrams(file: Path, populate: bool) -> Any:
     try:
         import kenlm
     except ImportError as error:
-        raise ImportError(f"Perplexity needs KenLM's Python module: {MEND}.") from error
+        raise ImportError(
+            "Perplexity needs KenLM's Python module: run `make kenlm`, or `pip install 'hf_models[perplexity]'`."
+        ) from error
     config = kenlm.Config()
     config.load_method = kenlm.LoadMethod.POPULATE_OR_READ if populate else kenlm.LoadMethod.LAZY
     config.show_progress = False
     try:
         return kenlm.Model(str(file), config)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{file} is no KenLM model ({_one_line(error)}): copy or train it again.") from error
+        # Before that, KenLM names its own source lines.
+        reason = _one_line(error).rpartition("Exception")[2].strip(" .)")
+        raise ValueError(f"{file} is no KenLM model ({reason[:200]}): copy or train it again.") from error
 
 
 def _one_line(error: Exception) -> str:
