@@ -11,7 +11,7 @@ whole, the first documents of a random order are taken. So the shards are a func
 options; which process writes which, and when, makes no difference.
 
 Three phases: `TokeniseDocuments` (a task a file), `PlanMixture` (one), `WriteTokenShards` (a task a shard). Planning
-takes 16 bytes of memory a document of the largest file; a shard 32 bytes for each of its own documents besides.
+takes 40 bytes of memory a document of the largest file; a shard that, and 80 for each of its own documents.
 """
 
 import hashlib
@@ -249,9 +249,7 @@ class WriteTokenShards(FolderStage):
 
     def work(self, rank: int, world_size: int) -> None:
         plans = [SourcePlan(**content) for content in json.loads(Path(self.plan_file).read_text(encoding="utf-8"))]
-        places, *columns = self._places(plans, rank)
-        order = np.argsort(places, kind="stable")
-        sources, files, starts, lengths = (column[order] for column in columns)
+        sources, files, starts, lengths = self._documents(plans, rank)
         names = np.array([plan.source for plan in plans], dtype=object)
         open_ids = lru_cache(OPEN_FILES)(lambda number: TokenFile(Path(self.tokens), number).ids())
         target = shard_file(Path(self.output), rank, self.shards)
@@ -259,7 +257,7 @@ class WriteTokenShards(FolderStage):
         partial = partial_path(target)
         with pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
             groups = lengths.cumsum(dtype=np.int64) // ROW_GROUP
-            for rows in np.split(np.arange(len(order)), np.flatnonzero(np.diff(groups)) + 1):
+            for rows in np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(groups)) + 1):
                 if len(rows):
                     documents = [open_ids(files[row])[starts[row] : starts[row] + lengths[row]] for row in rows]
                     writer.write_table(_table(documents, lengths[rows], names[sources[rows]]))
@@ -268,8 +266,8 @@ class WriteTokenShards(FolderStage):
             self.tally.counts[f"tokens: {plan.source}"] = int(lengths[sources == number].sum(dtype=np.int64))
             self.tally.counts[f"documents: {plan.source}"] = int((sources == number).sum())
 
-    def _places(self, plans: list[SourcePlan], shard: int) -> tuple[np.ndarray, ...]:
-        """Of the shard's documents, unsorted: place, number of the source, file, first token in it, tokens."""
+    def _documents(self, plans: list[SourcePlan], shard: int) -> list[np.ndarray]:
+        """Of the shard's documents, by rising place: number of the source, file, first token in it, tokens."""
         found = [[np.empty(0, kind)] for kind in (np.uint64, np.uint16, np.uint32, np.int64, np.uint32)]
         for number, plan in enumerate(plans):
             files = [TokenFile(Path(self.tokens), rank) for rank in plan.files]
@@ -286,7 +284,9 @@ class WriteTokenShards(FolderStage):
                     row = (places[chosen], number, file.rank, starts[chosen], lengths[chosen])
                     for column, values in zip(found, row, strict=True):
                         column.append(np.broadcast_to(np.asarray(values, column[0].dtype), (count,)))
-        return tuple(map(np.concatenate, found))
+        places, *columns = map(np.concatenate, found)
+        order = np.argsort(places, kind="stable")
+        return [column[order] for column in columns]
 
 
 def _table(documents: list[np.ndarray], lengths: np.ndarray, sources: np.ndarray) -> pa.Table:

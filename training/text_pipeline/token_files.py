@@ -95,7 +95,7 @@ class TokenFile:
 
     def ids(self) -> np.ndarray:
         """`(tokens,)`, mapped; of no use for a file without tokens, which cannot be mapped."""
-        return np.memmap(self.ids_path, dtype=self.summary.dtype, mode="r")
+        return np.asarray(np.memmap(self.ids_path, dtype=self.summary.dtype, mode="r"))
 
 
 class TokeniseDocuments(FolderStage):
