@@ -26,8 +26,9 @@ import yaml
 
 from .command_line import parse_arguments, plain_errors
 from .run_record import RunRecord, portable
-from .text_pipeline.execution import ExecutionArguments, Phase, PhaseError, prepare_process, run_phases
+from .text_pipeline.execution import ExecutionArguments, Phase, PhaseError, run_phases
 from .text_pipeline.language_id import check_language_model
+from .text_pipeline.local_executor import prepare_process
 from .text_pipeline.mixture_inputs import MixArguments, document_phases, mixture_phases
 from .text_pipeline.reading import plan_tasks
 from .text_pipeline.reference_classifier import check_reference_model
@@ -130,8 +131,10 @@ def prepare(asked: Preparation) -> None:
     phases.append(Phase("report", [report], 1))
     for step in (step for phase in phases for step in phase.steps):
         step.tally_folder = asked.work / TALLIES
-    run_phases(phases, asked.execution, asked.work / LOGS)
-    finish(asked, record)
+    if run_phases(phases, asked.execution, asked.work / LOGS):
+        finish(asked, record)
+    else:
+        print(f"Submitted. The last job writes {asked.folder / 'report.html'}; the same command then closes the run.")
 
 
 def prepare_sources(asked: Preparation) -> None:
@@ -190,10 +193,7 @@ def model_note(folder: Path) -> str:
 
 
 def finish(asked: Preparation, record: RunRecord) -> None:
-    """What is left to do when all tasks are done, or submitted."""
-    if asked.execution.executor == "slurm":
-        print(f"Submitted. The last job writes {asked.folder / 'report.html'}; the same command then closes the run.")
-        return
+    """What is left to do when all tasks are done."""
     if not asked.output.keep_work:
         for entry in asked.work.iterdir():
             if entry.name not in (TALLIES, LOGS):
