@@ -88,7 +88,8 @@ def run_phases(phases: list[Phase], arguments: ExecutionArguments, logs: Path) -
     if arguments.executor == "ray":
         connect_to_ray()
     for phase in phases:
-        executor = _executor(phase, arguments, logs / phase.name)
+        with _quiet():
+            executor = _executor(phase, arguments, logs / phase.name)
         missing = executor.get_incomplete_ranks()
         if not missing:
             continue

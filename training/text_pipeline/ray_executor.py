@@ -1,5 +1,6 @@
 """datatrove's executor for Ray: tasks run in the working folder of the driver, which all nodes must see."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -30,4 +31,9 @@ def connect_to_ray() -> None:
         raise ImportError("--executor ray needs Ray: `pip install ray`.") from error
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    ray.init(ignore_reinit_error=True, log_to_driver=False, runtime_env={"env_vars": variables})
+    ray.init(
+        ignore_reinit_error=True,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+        runtime_env={"env_vars": variables},
+    )
