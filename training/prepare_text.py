@@ -18,6 +18,7 @@ after an interruption, or says that the data is finished. The stages are in `tra
 import hashlib
 import json
 import shutil
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,11 @@ def main() -> None:
         )
         prepare_process()
     with plain_errors(ValueError, OSError, ImportError, PhaseError):
-        prepare(Preparation(*parts, given))
+        try:
+            prepare(Preparation(*parts, given))
+        except KeyboardInterrupt:
+            print("Stopped: the same command goes on.", file=sys.stderr)
+            sys.exit(130)  # as a shell reports Ctrl-C
 
 
 if __name__ == "__main__":

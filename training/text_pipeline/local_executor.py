@@ -5,19 +5,17 @@ one ends.
 """
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
+import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
+from multiprocessing import forkserver
 
 from datatrove.executor import LocalPipelineExecutor
 from loguru import logger
-
-PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 class TaskError(RuntimeError):
@@ -32,6 +30,7 @@ class LocalExecutor(LocalPipelineExecutor):
             for rank in ranks:
                 self._run_task(rank)
             return
+        start_fork_server()
         context = multiprocessing.get_context("forkserver")
         with ProcessPoolExecutor(min(self.workers, len(ranks)), context, begin_worker) as pool:
             try:
@@ -70,9 +69,18 @@ def prepare_process() -> None:
     multiprocessing.set_forkserver_preload(["pandas", "training.text_pipeline.source_phases"])
 
 
+def start_fork_server() -> None:
+    """It and all workers ignore Ctrl-C, which is for the driver: that stops them."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forkserver.ensure_running()
+    signal.signal(signal.SIGINT, former)
+
+
 def begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's: it stops the workers
-    # A task must not go on writing after `kill -9` of the driver: it would be run again beside it. The parent is the
-    # fork server, which ends with the driver.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_driver, daemon=True).start()
+
+
+def _end_with_driver() -> None:
+    """A task must not go on writing after `kill -9` of the driver: it would be run again beside it."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGKILL)
