@@ -50,7 +50,7 @@ class OutputArguments:
 
 PARTS = (SourceArguments, MixArguments, OutputArguments)
 # What changes nothing in what is written, and so may be another at each start.
-HOW = {item.name for item in fields(ExecutionArguments)} | {"keep_work"}
+HOW = {item.name for item in fields(ExecutionArguments)} | {"keep_work", "max_bad_share"}
 
 
 @dataclass
