@@ -53,8 +53,9 @@ def zeroed_memory() -> Iterator[None]:
     """Memory allocated within is zero, where the C library is glibc.
 
     fastText draws its first weights in ten blocks, one a thread: with one thread nine tenths of them are what the
-    memory held before, other weights at every run, and often no number. As zeros they do no harm, since the steps of
-    the output layer move them.
+    memory held before, other weights at every run, and often no number. As zeros they learn somewhat later than drawn
+    ones: 92.2 % right against 92.9 % (softmax), 94.7 % against 95.2 % (hs), of 2,000 paragraphs in 26 languages after
+    five epochs on 18,000.
     """
     allocator = ctypes.CDLL(None)
     if not hasattr(allocator, "mallopt"):

@@ -3,10 +3,10 @@
     python -m training.train_language_id --dataset texts.jsonl --label_column lang --output_dir runs/language_id
     python -m training.train_language_id --dataset FOLDER --quantize true --output_dir runs/language_id
 
-FOLDER may hold a file for each language, en.txt, fr.txt, with a document a paragraph. Character n-grams of words and
-the softmax over few languages are those of fastText's own lid.176 (which has a hierarchical one, for its 176). The same
-text gives the same bytes. Writes `language_id.bin` or `.ftz`, for `--language_model` of `training.prepare_text`, with
-the run's `run.json` and a README of its figures.
+FOLDER may hold a file for each language, en.txt, fr.txt, with a document a paragraph. The model is of the kind of
+fastText's own lid.176: words and their character n-grams, and a hierarchical softmax; with fewer vectors, for fewer
+languages. The same text gives the same bytes. Writes `language_id.bin` or `.ftz`, for `--language_model` of
+`training.prepare_text`, with the run's `run.json` and a README of its figures.
 """
 
 import tempfile
@@ -62,8 +62,8 @@ class LanguageIdArguments(TextDataArguments):
     min_word_count: int = field(
         default=5, metadata={"help": "Occurrences from which on a word has a vector of its own; lid.176's 1000."}
     )
-    loss: Literal["softmax", "hs"] = field(
-        default="softmax", metadata={"help": "softmax, or hs: hierarchical, faster for hundreds of languages."}
+    loss: Literal["hs", "softmax"] = field(
+        default="hs", metadata={"help": "hs, the hierarchical softmax, as lid.176, or softmax."}
     )
     epochs: int = field(default=10, metadata={"help": "Passes over the text."})
     learning_rate: float = field(default=0.5, metadata={"help": "Learning rate at the start; it falls to zero."})

@@ -224,6 +224,7 @@ def draw_precision_recall(positives: np.ndarray, negatives: np.ndarray, folder: 
                           textcoords="offset points", ha="right", color=HELD_OUT)  # fmt: skip
         share = len(positives) / (len(positives) + len(negatives))
         axes.axhline(share, color=REFERENCE, linestyle=":")
+        axes.text(0.02, share - 0.02, "by chance", color=REFERENCE, va="top")
         axes.set(title="Held-out documents", xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.05))
         save_figures({"precision_recall": figure}, folder)
 

@@ -35,7 +35,10 @@ def load_classifier(file: str | Path) -> Any:
     check_model_file(file)
     import fasttext  # here, since the stages that do not use it are imported beside those that do
 
-    return fasttext.load_model(str(file))
+    try:
+        return fasttext.load_model(str(file))
+    except (RuntimeError, MemoryError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error}): copy it again.") from error
 
 
 def check_model_file(file: str | Path) -> ModelFile:
