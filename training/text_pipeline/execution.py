@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,10 +102,23 @@ def _run_here(phase: Phase, workers: int, logs: Path) -> None:
         return
     started = time.monotonic()
     print(f"{phase.name}: {missing} of {phase.tasks} tasks, {workers} at a time", flush=True)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), _unknown_main_module():
         logger.remove()
         executor.run()
     print(f"{phase.name}: {time.monotonic() - started:.1f} s", flush=True)
+
+
+@contextlib.contextmanager
+def _unknown_main_module() -> Iterator[None]:
+    """Workers import the main module before anything else: a command's would bring torch and TRL, of no use to them."""
+    main = sys.modules["__main__"]
+    known = {name: vars(main)[name] for name in ("__spec__", "__file__") if name in vars(main)}
+    main.__spec__ = None
+    vars(main).pop("__file__", None)
+    try:
+        yield
+    finally:
+        vars(main).update(known)
 
 
 def prepare_process() -> None:

@@ -19,7 +19,7 @@ from resiliparse.parse.html import HTMLTree
 from .stage import RAW, DocumentStage
 
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-# Python's codecs for what pages mean by these names, as the WHATWG Encoding Standard has it: with the vendors' additions.
+# Python's codecs for what pages mean by these names (WHATWG Encoding Standard): with the vendors' additions.
 WIDER_CHARSETS = {"shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs", "gbk": "gb18030"}
 # Of characters that had to be replaced, where no charset fits: one in so many makes a page undecodable.
 CHARACTERS_A_REPLACEMENT = 1000
