@@ -25,6 +25,7 @@ HTML_TYPES = {"text/html", "application/xhtml+xml"}
 CHUNK = 1 << 20  # bytes
 MAX_HEADER = 32 << 10  # bytes: FastWARC's own limit
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5"
+PACKINGS = {".gz": GZIP, ".zst": ZSTD}
 # How a record begins, by the first two bytes of the file; the last is that of files that are not packed.
 RECORD_STARTS = {
     GZIP: rb"\x1f\x8b\x08[\x00\x04\x08]",
@@ -139,15 +140,16 @@ def read_records(
     size = path.stat().st_size
     counted = -1  # the offset of the damage counted last: what is tried again and fails again is one
     with path.open("rb") as file:
-        packing = file.read(2)
+        # Also by the name, since it may be the first bytes that are damaged.
+        packing = PACKINGS.get(path.suffix.lower()) or file.read(2)
         packing = packing if packing in RECORD_STARTS else b""
         start: int | None = 0
         while start is not None:
             file.seek(start)
-            offset, whole, reason = start, None, "damaged record"
+            found, offset, whole, reason = False, start, None, "damaged record"
             try:
                 for record in warc.ArchiveIterator(file, parse_http=False):
-                    offset, whole = record.stream_pos, None
+                    found, offset, whole = True, record.stream_pos, None
                     block = record.reader.read(min(record.content_length, max_record_bytes))
                     if problem := check_record(record, block, max_record_bytes):
                         reason = problem
@@ -155,7 +157,9 @@ def read_records(
                     whole = record.content_length
                     yield offset, record, block
                 else:
-                    if packing == GZIP and size - offset <= max_record_bytes:
+                    if not found and start != counted:
+                        tally.bad(name, start, "truncated record")
+                    elif found and packing == GZIP and size - offset <= max_record_bytes:
                         check_end(file, name, offset, tally)
                     return
             except OSError:
