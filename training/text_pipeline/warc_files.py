@@ -137,7 +137,6 @@ def read_records(
     path: Path, name: str, max_record_bytes: int, tally: Tally
 ) -> Iterator[tuple[int, warc.WarcRecord, bytes]]:
     """(offset, record, its block) of every record that is whole; of a longer block the first `max_record_bytes`."""
-    size = path.stat().st_size
     counted = -1  # the offset of the damage counted last: what is tried again and fails again is one
     with path.open("rb") as file:
         # Also by the name, since it may be the first bytes that are damaged.
@@ -146,10 +145,10 @@ def read_records(
         start: int | None = 0
         while start is not None:
             file.seek(start)
-            found, offset, whole, reason = False, start, None, "damaged record"
+            offset, whole, ended, reason = start, None, False, "damaged record"
             try:
                 for record in warc.ArchiveIterator(file, parse_http=False):
-                    found, offset, whole = True, record.stream_pos, None
+                    offset, whole = record.stream_pos, None
                     block = record.reader.read(min(record.content_length, max_record_bytes))
                     if problem := check_record(record, block, max_record_bytes):
                         reason = problem
@@ -157,19 +156,17 @@ def read_records(
                     whole = record.content_length
                     yield offset, record, block
                 else:
-                    if not found and start != counted:
-                        tally.bad(name, start, "truncated record")
-                    elif found and packing == GZIP and size - offset <= max_record_bytes:
-                        check_end(file, name, offset, tally)
-                    return
+                    ended, reason = True, "truncated record"
             except OSError:
                 pass
             # Where the record at `offset` was read to its end, the damage is behind it.
             place = offset if whole is None else record_end(file, packing, offset, whole)
+            start = find(file, re.compile(RECORD_STARTS[packing]), max(place, offset + 1))
+            if ended and whole is not None and start is None:
+                return
             if place != counted:
                 tally.bad(name, place, reason)
                 counted = place
-            start = find(file, re.compile(RECORD_STARTS[packing]), max(place, offset + 1))
 
 
 def check_record(record: warc.WarcRecord, block: bytes, max_record_bytes: int) -> str | None:
@@ -187,15 +184,6 @@ def record_end(file: BinaryIO, packing: bytes, offset: int, content_length: int)
     file.seek(offset)
     header = file.read(MAX_HEADER).find(b"\r\n\r\n") + 4
     return offset + header + content_length + 4
-
-
-def check_end(file: BinaryIO, name: str, offset: int, tally: Tally) -> None:
-    """Counts what lies behind the last record of a packed file: so little that not even a header could be unpacked."""
-    end = member_end(file, offset)
-    if end is not None:
-        file.seek(end)
-        if file.read(1) == GZIP[:1]:
-            tally.bad(name, end, "truncated record")
 
 
 def member_end(file: BinaryIO, offset: int) -> int | None:
