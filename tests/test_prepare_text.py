@@ -180,9 +180,15 @@ def test_a_field_that_a_recipe_cannot_have_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
-def test_recipes_have_fields_of_their_command(recipe):
-    kinds = (SourceArguments, MixArguments, OutputArguments, ExecutionArguments)
-    known = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+def test_recipes_are_read(recipe):
     trainers = ("language_id", "reference", "perplexity", "crawl")
-    assert recipe.name.startswith(trainers) or content.keys() <= known
+    if recipe.name.startswith(trainers):
+        return  # by other commands; those that the documentation names are read by test_documented_commands
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    # Models and evaluation items that no clone has are opened when the arguments are read.
+    for name in ("perplexity_models", "keep_buckets", "decontaminate"):
+        content.pop(name, None)
+    for kind in (SourceArguments, MixArguments, OutputArguments, ExecutionArguments):
+        names = {field.name for field in dataclasses.fields(kind)} & content.keys()
+        kind(**{name: content.pop(name) for name in names})
+    assert not content, "fields that no part of the command has"
