@@ -26,8 +26,9 @@ import yaml
 
 from .command_line import parse_arguments, plain_errors
 from .run_record import RunRecord, portable
-from .text_pipeline.execution import ExecutionArguments, Phase, PhaseError, prepare_process, run_phases
+from .text_pipeline.execution import ExecutionArguments, Phase, PhaseError, run_phases
 from .text_pipeline.language_id import check_language_model
+<<<<<<< HEAD
 from .text_pipeline.mixture_inputs import (
     MixArguments,
     document_phases,
@@ -35,6 +36,10 @@ from .text_pipeline.mixture_inputs import (
     open_fast_tokenizer,
     read_sources,
 )
+=======
+from .text_pipeline.local_executor import prepare_process
+from .text_pipeline.mixture_inputs import MixArguments, document_phases, mixture_phases
+>>>>>>> text-cluster
 from .text_pipeline.reading import plan_tasks
 from .text_pipeline.reference_classifier import check_reference_model
 from .text_pipeline.report import LOGS, TALLIES, WriteReport
@@ -142,8 +147,10 @@ def prepare(asked: Preparation) -> None:
     phases.append(Phase("report", [report], 1))
     for step in (step for phase in phases for step in phase.steps):
         step.tally_folder = asked.work / TALLIES
-    run_phases(phases, asked.execution, asked.work / LOGS)
-    finish(asked, record)
+    if run_phases(phases, asked.execution, asked.work / LOGS):
+        finish(asked, record)
+    else:
+        print(f"Submitted. The last job writes {asked.folder / 'report.html'}; the same command then closes the run.")
 
 
 def prepare_sources(asked: Preparation) -> None:
@@ -202,10 +209,7 @@ def model_note(folder: Path) -> str:
 
 
 def finish(asked: Preparation, record: RunRecord) -> None:
-    """What is left to do when all tasks are done, or submitted."""
-    if asked.execution.executor == "slurm":
-        print(f"Submitted. The last job writes {asked.folder / 'report.html'}; the same command then closes the run.")
-        return
+    """What is left to do when all tasks are done."""
     if not asked.output.keep_work:
         for entry in asked.work.iterdir():
             if entry.name not in (TALLIES, LOGS):
