@@ -28,7 +28,7 @@ from .command_line import parse_arguments, plain_errors
 from .run_record import RunRecord, portable
 from .text_pipeline.execution import ExecutionArguments, Phase, PhaseError, run_phases
 from .text_pipeline.language_id import check_language_model
-<<<<<<< HEAD
+from .text_pipeline.local_executor import prepare_process
 from .text_pipeline.mixture_inputs import (
     MixArguments,
     document_phases,
@@ -36,10 +36,6 @@ from .text_pipeline.mixture_inputs import (
     open_fast_tokenizer,
     read_sources,
 )
-=======
-from .text_pipeline.local_executor import prepare_process
-from .text_pipeline.mixture_inputs import MixArguments, document_phases, mixture_phases
->>>>>>> text-cluster
 from .text_pipeline.reading import plan_tasks
 from .text_pipeline.reference_classifier import check_reference_model
 from .text_pipeline.report import LOGS, TALLIES, WriteReport

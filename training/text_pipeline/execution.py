@@ -109,75 +109,12 @@ def run_phases(phases: list[Phase], arguments: ExecutionArguments, logs: Path) -
     return True
 
 
-<<<<<<< HEAD
-class LocalExecutor(LocalPipelineExecutor):
-    """datatrove's, whose tasks end with the driver, and tell what they do in their log files only."""
-
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
-        if multiprocess.parent_process() is not None:
-            die_with_parent()
-        # An error is raised in the driver too.
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            try:
-                return super()._run_for_rank(rank, local_rank, node_rank)
-            finally:
-                logger.remove()  # it goes on writing to what is closed by then
-
-
-def _run_here(phase: Phase, workers: int, logs: Path) -> None:
-    workers = min(workers or len(os.sched_getaffinity(0)), phase.tasks)
-    executor = LocalExecutor(phase.steps, tasks=phase.tasks, workers=workers, logging_dir=str(logs / phase.name))
-    missing = len(executor.get_incomplete_ranks())
-    if not missing:
-        return
-    started = time.monotonic()
-    print(f"{phase.name}: {missing} of {phase.tasks} tasks, {workers} at a time", flush=True)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), _unknown_main_module():
-        logger.remove()
-        executor.run()
-    print(f"{phase.name}: {time.monotonic() - started:.1f} s", flush=True)
-
-
-@contextlib.contextmanager
-def _unknown_main_module() -> Iterator[None]:
-    """Workers import the main module before anything else: a command's would bring torch and TRL, of no use to them."""
-    main = sys.modules["__main__"]
-    known = {name: vars(main)[name] for name in ("__spec__", "__file__") if name in vars(main)}
-    main.__spec__ = None
-    vars(main).pop("__file__", None)
-    try:
-        yield
-    finally:
-        vars(main).update(known)
-
-
-def prepare_process() -> None:
-    """Settings of the driver's process, for all that it starts."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker is one core
-    # What this process forks, such as the manager of datatrove's queue, must not outlive it: it would keep the lock of
-    # the output folder.
-    os.register_at_fork(after_in_child=die_with_parent)
-    # pyarrow imports pandas at the first table that it is asked for: once for all workers.
-    multiprocess.set_forkserver_preload(["pandas", "training.text_pipeline.source_phases"])
-
-
-def die_with_parent() -> None:
-    """A task must not go on writing after `kill -9` of the driver: it would be run again beside it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _cluster_executor(phase: Phase, arguments: ExecutionArguments, logs: Path, depends):
-    options = {
-        "tasks": phase.tasks,
-=======
 def _executor(phase: Phase, arguments: ExecutionArguments, logs: Path) -> PipelineExecutor:
     options = {"tasks": phase.tasks, "logging_dir": str(logs)}
     if arguments.executor == "local":
         workers = min(arguments.workers or len(os.sched_getaffinity(0)), phase.tasks)
         return LocalExecutor(phase.steps, workers=workers, **options)
     options |= {
->>>>>>> text-cluster
         "workers": arguments.workers or -1,
         "cpus_per_task": arguments.cores_per_task,
         "mem_per_cpu_gb": math.ceil(arguments.memory_per_task / arguments.cores_per_task),
