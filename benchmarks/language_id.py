@@ -31,13 +31,16 @@ def main() -> None:
     parser.add_argument("--language_model", required=True, help="fastText model, such as lid.176.ftz.")
     parser.add_argument("--html_folder", type=Path, required=True, help="Folder of HTML pages: the long documents.")
     parser.add_argument("--dataset", default="wikipedia_leads", help="Text data set: the short documents.")
-    parser.add_argument("--documents", type=int, default=1500, help="Documents of each kind, at most.")
+    parser.add_argument("--documents", type=int, default=600, help="Long documents, at most.")
+    parser.add_argument(
+        "--short_documents", type=int, default=5000, help="Short ones: enough that loading the model counts little."
+    )
     parser.add_argument("--rounds", type=int, default=7, help="Rounds, in which all take turns.")
     arguments = parser.parse_args()
 
     kinds = {
         "long": read_pages(arguments.html_folder, arguments.documents),
-        "short": load_text_dataset(arguments.dataset, "train")["text"][: arguments.documents],
+        "short": load_text_dataset(arguments.dataset, "train")["text"][: arguments.short_documents],
     }
     measurements = {kind: compare(arguments, texts) for kind, texts in kinds.items()}
     for kind, measured in measurements.items():
@@ -65,8 +68,9 @@ def compare(arguments: argparse.Namespace, texts: list[str]) -> dict:
     candidates = {
         "datatrove": datatrove_filter(arguments.language_model),
         "hf_models": stage_of(arguments, LanguageArguments.language_characters),
-        "hf_models, whole documents": stage_of(arguments, WHOLE),
     }
+    if max(map(len, texts)) > 2 * LanguageArguments.language_characters:
+        candidates["hf_models, whole documents"] = stage_of(arguments, WHOLE)
     labels, seconds = {}, {}
 
     def reading(name: str):

@@ -1,6 +1,7 @@
 """Language identification: the stage, the look at a model file before it is opened, and the trainer."""
 
 import json
+import pickle
 import random
 import subprocess
 import sys
@@ -112,6 +113,14 @@ def test_a_document_is_kept_from_the_threshold_on(model_file):
     kept, _, tally = identify(model_file, texts, min_language_score=threshold)
     assert len(kept) == sum(score >= threshold for score in scores)
     assert set(tally.dropped) == {"low language score"}
+
+
+def test_a_stage_goes_to_a_worker_before_and_after_a_run(model_file):
+    stage = IdentifyLanguage(LanguageArguments(language_model=str(model_file)))
+    for _ in range(2):
+        stage = pickle.loads(pickle.dumps(stage))
+        (document,) = stage.run(iter([Document(documents_of("es", 1, 1)[0], "1")]))
+        assert document.metadata["language"] == "es"
 
 
 def test_odd_texts_do_not_stop_the_stage(model_file):

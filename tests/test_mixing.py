@@ -23,7 +23,7 @@ from training.text_data import load_text_dataset
 from training.text_pipeline.document_files import ParquetDocuments
 from training.text_pipeline.execution import ExecutionArguments, run_phases
 from training.text_pipeline.mixing import Share, draw_documents, random_numbers, shard_of, wanted_tokens
-from training.text_pipeline.mixture_inputs import MixArguments, document_phases, mixture_phases
+from training.text_pipeline.mixture_inputs import MixArguments, document_phases, mixture_phases, read_sources
 from training.text_pipeline.token_files import SourceFile, TokenFile, TokeniseDocuments, open_tokenizer
 
 SHARDS = 3
@@ -68,7 +68,8 @@ def mix(inputs, folder, sources, run=run_here, **options):
     """Returns the folder with the shards."""
     sources = {name: {"documents": str(inputs / name)} | entry for name, entry in sources.items()}
     options = {"tokenizer": str(inputs / "tokenizer"), "token_shards": SHARDS} | options
-    run(mixture_phases(MixArguments(sources=sources, **options), folder / "work", folder / "tokens"))
+    arguments = MixArguments(sources=sources, **options)
+    run(mixture_phases(arguments, read_sources(arguments), folder / "work", folder / "tokens"))
     return folder / "tokens"
 
 
@@ -356,13 +357,13 @@ def test_a_recipe_leads_to_its_documents_or_says_how_to_make_them(inputs, tmp_pa
     recipe.write_text(f"output_dir: {tmp_path / 'run'}\n")
     arguments = MixArguments(sources={"web": {"recipe": str(recipe), "weight": 1}}, tokenizer=str(inputs / "tokenizer"))
     with pytest.raises(FileNotFoundError, match=r"run `python -m training.prepare_text --config .*web.yaml` first"):
-        mixture_phases(arguments, tmp_path / "work", tmp_path / "tokens")
+        mixture_phases(arguments, read_sources(arguments), tmp_path / "work", tmp_path / "tokens")
     write_documents(tmp_path / "run" / "documents", ["made by the recipe"], 1)
-    run_here(mixture_phases(arguments, tmp_path / "work", tmp_path / "tokens"))
+    run_here(mixture_phases(arguments, read_sources(arguments), tmp_path / "work", tmp_path / "tokens"))
     assert info_of(tmp_path / "tokens")["sources"]["web"]["documents"] == 1
     recipe.write_text("- a list\n")
     with pytest.raises(ValueError, match=r"no recipe of training\.prepare_text"):
-        mixture_phases(arguments, tmp_path / "work", tmp_path / "tokens")
+        mixture_phases(arguments, read_sources(arguments), tmp_path / "work", tmp_path / "tokens")
 
 
 def test_shares_follow_from_epochs_and_epochs_from_shares():

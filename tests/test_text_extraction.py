@@ -53,7 +53,7 @@ def test_names_of_charsets_mean_what_browsers_read(charset, codec, text):
 
 
 def test_charset_that_is_named_by_nobody_is_detected():
-    for charset in ("utf-8", "windows-1251", "shift_jis", "euc-kr"):
+    for charset in ("utf-8", "windows-1251", "koi8-r", "shift_jis", "euc-jp", "euc-kr"):
         document, _, _ = extract(page((SENTENCES[charset] + " ") * 20).encode(charset))
         assert SENTENCES[charset] in document.text
 

@@ -161,6 +161,15 @@ def test_damage_in_the_middle_costs_one_record(name, tmp_path):
             assert [entry[:2] for entry in bad(tally)] == [(name, expected)]
 
 
+@pytest.mark.parametrize("name", ["a.warc.gz", "a.warc.zst"])
+def test_damage_at_the_very_start_costs_one_record(name, tmp_path):
+    records = [PACKINGS[name]([http_record(number)]) for number in range(3)]
+    (tmp_path / name).write_bytes(bytes(4) + records[0][4:] + records[1] + records[2])
+    documents, tally = read(tmp_path / name)
+    assert numbers(documents) == [1, 2]
+    assert [entry[:2] for entry in bad(tally)] == [(name, 0)]
+
+
 def test_malformed_records_are_counted_at_their_offset_and_left_out(tmp_path):
     malformed = {
         "malformed HTTP header": http_record(1, b"", b"no HTTP at all"),
@@ -383,6 +392,25 @@ def test_sample_is_read_by_its_name():
     assert [document.text for document in documents] == load_text_dataset("wikipedia_leads", "test")["text"]
     assert documents[0].metadata["file"] == "test.parquet"
     assert tally.documents_out == len(documents)
+
+
+def test_hub_data_set_is_read_in_parts(monkeypatch):
+    import datasets
+
+    from training import dataset_source
+
+    rows = datasets.Dataset.from_list(
+        [{"text": f"text {number}", "url": f"http://a.org/{number}"} for number in range(10)]
+    )
+    monkeypatch.setattr(dataset_source, "load_from_hub", lambda *arguments: rows.to_iterable_dataset(num_shards=3))
+    arguments = ReadArguments(dataset="user/name")
+    tasks, _ = plan_tasks(arguments)
+    assert tasks == [["hub:0/3"], ["hub:1/3"], ["hub:2/3"]]
+    documents, _ = read("user/name")
+    assert sorted(document.text for document in documents) == sorted(rows["text"])
+    assert len({document.id for document in documents}) == 10
+    with pytest.raises(ValueError, match="user/name has no column 'words', only text, url"):
+        plan_tasks(ReadArguments(dataset="user/name", text_column="words"))
 
 
 def test_pattern_reads_what_it_matches(tmp_path):

@@ -18,7 +18,7 @@ from training.language_models import load_tokenizer, tokenizer_fingerprint
 from training.packing import pack_documents
 from training.pretrain_lm import main
 from training.text_data import load_text_dataset
-from training.text_pipeline.mixture_inputs import MixArguments, mixture_phases
+from training.text_pipeline.mixture_inputs import MixArguments, mixture_phases, read_sources
 from training.token_data import describe_tokens, is_token_data, load_token_dataset
 
 ARGUMENTS = {
@@ -54,7 +54,7 @@ def inputs(tmp_path_factory):
         pq.write_table(pa.table({"text": part}), folder / f"{name}.parquet")
     sources = {name: {"documents": str(folder / f"{name}.parquet"), "epochs": 1} for name in ("even", "odd")}
     arguments = MixArguments(sources=sources, tokenizer=str(folder / "tokenizer"), token_shards=4)
-    for phase in mixture_phases(arguments, folder / "work", folder / "tokens"):
+    for phase in mixture_phases(arguments, read_sources(arguments), folder / "work", folder / "tokens"):
         for rank in range(phase.tasks):
             phase.steps[0].run(rank=rank, world_size=phase.tasks)
     tokenizer = load_tokenizer(str(folder / "tokenizer"))

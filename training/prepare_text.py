@@ -30,7 +30,13 @@ from .run_record import RunRecord, portable
 from .text_pipeline.execution import ExecutionArguments, Phase, PhaseError, run_phases
 from .text_pipeline.language_id import check_language_model
 from .text_pipeline.local_executor import prepare_process
-from .text_pipeline.mixture_inputs import MixArguments, document_phases, mixture_phases
+from .text_pipeline.mixture_inputs import (
+    MixArguments,
+    document_phases,
+    mixture_phases,
+    open_fast_tokenizer,
+    read_sources,
+)
 from .text_pipeline.reading import plan_tasks
 from .text_pipeline.reference_classifier import check_reference_model
 from .text_pipeline.report import LOGS, TALLIES, WriteReport
@@ -51,6 +57,7 @@ class OutputArguments:
 PARTS = (SourceArguments, MixArguments, OutputArguments)
 # What changes nothing in what is written, and so may be another at each start.
 HOW = {item.name for item in fields(ExecutionArguments)} | {"keep_work", "max_bad_share"}
+PLACE = {"output_dir", "config", "processes"}
 
 
 @dataclass
@@ -96,33 +103,38 @@ def prepare(asked: Preparation) -> None:
         ValueError, OSError: what the user gave cannot be used; before any work is spent, but for a mixture's sources,
             which are prepared first, and for what only the documents themselves show.
     """
+    if asked.mix.tokenizer:
+        open_fast_tokenizer(asked.mix.tokenizer)
     if asked.mix.sources:
         prepare_sources(asked)
-        phases, data = mixture_phases(asked.mix, asked.work, asked.folder / "tokens"), {}
-        inputs = {"files": phases[0].tasks}
+        sources = read_sources(asked.mix)
+        inputs = {"files": len(sources.files), "fingerprint": sources.fingerprint()}
+        data = {"sources": inputs}
     else:
         tasks, left_out = plan_tasks(asked.source)
         if left_out:
             print("Not read: " + ", ".join(f"{number} {suffix}" for suffix, number in left_out.items()), flush=True)
         check_models(asked.source)
-        phases = source_phases(asked.source, tasks, asked.work, asked.folder / "documents")
-        if asked.mix.tokenizer:
-            documents, tokens = asked.folder / "documents", asked.folder / "tokens"
-            phases += document_phases(asked.mix, documents, len(tasks), asked.work, tokens)
         inputs = describe_input(tasks)
         data = {"dataset": {"path": asked.source.dataset} | inputs}
-    record = RunRecord.start(
-        asked.folder, "prepare_text", {name: asked.given[name] for name in asked.given if name not in HOW}, data
-    )
+    decides = {name: value for name, value in asked.given.items() if name not in HOW}
+    record = RunRecord.start(asked.folder, "prepare_text", decides, data)
     if record.finished:
         print(f"{asked.folder} holds this data, finished: report.html in it tells what was dropped.")
         return
-    record.save(execution={name: asked.given[name] for name in asked.given if name in HOW})
+    record.save(execution={name: value for name, value in asked.given.items() if name in HOW})
+    documents, tokens = asked.folder / "documents", asked.folder / "tokens"
+    if asked.mix.sources:
+        phases = mixture_phases(asked.mix, sources, asked.work, tokens)
+    else:
+        phases = source_phases(asked.source, tasks, asked.work, documents)
+        if asked.mix.tokenizer:
+            phases += document_phases(asked.mix, documents, len(tasks), asked.work, tokens)
     facts = {
         "name": asked.folder.name,
         "command": record.content["command"],
         "license": asked.output.license,
-        "arguments": record.content["arguments"],
+        "arguments": {name: value for name, value in record.content["arguments"].items() if name not in PLACE},
         "input": {"source": record.content["data"].get("dataset", {}).get("path")} | inputs,
         "models": describe_models(asked.source),
         "execution": {"executor": asked.execution.executor, "workers": asked.execution.workers},
@@ -195,6 +207,8 @@ def model_note(folder: Path) -> str:
 
 def finish(asked: Preparation, record: RunRecord) -> None:
     """What is left to do when all tasks are done."""
+    for partial in asked.folder.rglob(".*.partial"):  # of a process that was killed
+        partial.unlink()
     if not asked.output.keep_work:
         for entry in asked.work.iterdir():
             if entry.name not in (TALLIES, LOGS):

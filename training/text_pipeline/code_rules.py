@@ -73,7 +73,7 @@ class CodeArguments:
     def __post_init__(self):
         if not self.code_licenses:
             raise ValueError("--code_licenses names none, so that all code would be dropped: name some, or say off.")
-        if self.code_licenses == ["off"]:
+        if self.code_licenses in (["off"], False):  # what YAML makes of off
             self.code_licenses = []
         if self.max_code_line < 1 or self.max_mean_code_line <= 0:
             raise ValueError("--max_code_line and --max_mean_code_line are lengths in characters: give more than 0.")

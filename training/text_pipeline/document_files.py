@@ -60,9 +60,9 @@ class DocumentReader(TalliedStep):
         self.tally = Tally(self.name)
         documents = read_documents(documents_file(self.folder, rank))
         while True:
-            started = time.perf_counter()
+            started = time.process_time()
             document = next(documents, None)
-            self.tally.seconds += time.perf_counter() - started
+            self.tally.seconds += time.process_time() - started
             if document is None:
                 break
             yield document
@@ -84,14 +84,14 @@ class DocumentWriter(TalliedStep):
         partial = partial_path(file)
         with partial.open("wb") as target, zstandard.ZstdCompressor(ZSTD_LEVEL).stream_writer(target) as packed:
             for document in data:
-                started = time.perf_counter()
+                started = time.process_time()
                 packed.write(
                     orjson.dumps(
                         {"text": document.text, "id": document.id, "metadata": document.metadata},
                         option=orjson.OPT_APPEND_NEWLINE,
                     )
                 )
-                self.tally.seconds += time.perf_counter() - started
+                self.tally.seconds += time.process_time() - started
                 yield document
         os.replace(partial, file)
         self.save_tally(rank)
@@ -121,7 +121,7 @@ class ParquetDocuments(TalliedStep):
                 rows.clear()
 
         for document in data:
-            started = time.perf_counter()
+            started = time.process_time()
             size = document_bytes(document)
             tally.enters(size)
             tally.leaves(document, size)
@@ -130,14 +130,14 @@ class ParquetDocuments(TalliedStep):
             rows.append(document_row(document))
             if len(rows) == ROW_GROUP:
                 flush()
-            tally.seconds += time.perf_counter() - started
+            tally.seconds += time.process_time() - started
             yield document
-        started = time.perf_counter()
+        started = time.process_time()
         flush()
         if writer is not None:
             writer.close()
             os.replace(partial, file)
-        tally.seconds += time.perf_counter() - started
+        tally.seconds += time.process_time() - started
         self.save_tally(rank)
 
 

@@ -19,7 +19,7 @@ from resiliparse.parse.html import HTMLTree
 from .stage import RAW, DocumentStage
 
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-# Python's codecs for what pages mean by these names, as the WHATWG Encoding Standard has it: with the vendors' additions.
+# Python's codecs for what these names mean in pages (WHATWG Encoding Standard): with the additions of vendors.
 WIDER_CHARSETS = {"shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs", "gbk": "gb18030"}
 # Of characters that had to be replaced, where no charset fits: one in so many makes a page undecodable.
 CHARACTERS_A_REPLACEMENT = 1000
@@ -105,17 +105,18 @@ def decode_page(raw: bytes, http_charset: str | None) -> str | None:
     in_page = detect_encoding(raw, from_html_meta=True)  # detected, too, where there is none
     if (text := decode(raw, in_page)) is not None:
         return text
-    detected = detect_encoding(raw)
+    detected = detect_encoding(raw, html5_compatible=False) or "utf-8"
+    detected = map_encoding_to_html5(detected, fallback_utf8=False) or detected
     if (text := decode(raw, detected)) is not None:
         return text
-    text = raw.decode(detected, "replace")
+    text = raw.decode(in_page, "replace")
     return None if text.count("\N{REPLACEMENT CHARACTER}") * CHARACTERS_A_REPLACEMENT > len(text) else text
 
 
 def decode(raw: bytes, charset: str) -> str | None:
     try:
         return raw.decode(WIDER_CHARSETS.get(charset, charset))
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, LookupError):  # of those that may be detected, Python does not know all
         return None
 
 

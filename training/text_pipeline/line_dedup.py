@@ -64,6 +64,8 @@ class LineDedupArguments:
     )
 
     def __post_init__(self):
+        if self.line_dedup is False:  # what YAML makes of off
+            self.line_dedup = "off"
         if self.line_dedup not in ("keep_first", "drop_all", "off"):
             raise ValueError(f"--line_dedup is {self.line_dedup!r}: take keep_first, drop_all or off.")
         if self.line_dedup_partitions < 1:

@@ -10,12 +10,13 @@ taken. The rules of weights and epochs are in `mixing`.
 """
 
 import difflib
+import hashlib
 import json
 import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -118,20 +119,40 @@ def _check_weights(sources: dict[str, dict[str, Any]], total_tokens: int | None)
         raise ValueError(f"The weights of the sources add up to {math.fsum(weights):g}: make them add up to 1.")
 
 
-def mixture_phases(arguments: MixArguments, work: Path, output: Path) -> list[Phase]:
-    """The phases that tokenise and mix `arguments.sources`; reads and checks all that the user gave, and runs nothing.
+class SourceTexts(NamedTuple):
+    """The files of all sources, and by source what an `info.json` beside them says of whose text it is."""
 
-    Args:
-        work: folder for the tokenizer, the tokenised files and the plan.
-        output: folder for the shards and their `info.json`.
+    files: list[SourceFile]
+    notices: dict[str, dict[str, Any]]
 
-    Raises ValueError or OSError, in one sentence: a tokenizer or source that is not there or cannot be used.
+    def fingerprint(self) -> str:
+        """A hash of the files' names and sizes."""
+        named = [(f.source, f.path, Path(f.path).stat().st_size if f.kind != "hub" else 0) for f in self.files]
+        return hashlib.sha256(json.dumps(named).encode()).hexdigest()[:16]
+
+
+def read_sources(arguments: MixArguments) -> SourceTexts:
+    """Finds and checks the files of `arguments.sources`.
+
+    Raises ValueError or OSError, in one sentence: a source that is not there or cannot be used.
     """
     files, notices = [], {}
     for name in sorted(arguments.sources):
         found, notices[name] = source_files(name, arguments.sources[name])
         files += found
-    return token_phases(arguments, arguments.shares(), files, notices, work, output)
+    return SourceTexts(files, notices)
+
+
+def mixture_phases(arguments: MixArguments, sources: SourceTexts, work: Path, output: Path) -> list[Phase]:
+    """The phases that tokenise and mix the sources. Writes the tokenizer into `work`, and runs nothing.
+
+    Args:
+        work: folder for the tokenizer, the tokenised files and the plan.
+        output: folder for the shards and their `info.json`.
+
+    Raises ValueError or OSError, in one sentence: a tokenizer that is not there or cannot be used.
+    """
+    return token_phases(arguments, arguments.shares(), *sources, work, output)
 
 
 def document_phases(arguments: MixArguments, documents: Path, tasks: int, work: Path, output: Path) -> list[Phase]:
@@ -196,10 +217,23 @@ def recipe_documents(name: str, recipe: str) -> str:
 
 def store_tokenizer(name: str, file: Path) -> dict[str, Any]:
     """Writes the tokenizer's `tokenizer.json` for the workers; returns what `info.json` says of it."""
-    from training.language_models import load_tokenizer, tokenizer_fingerprint  # slow, and of no use to a worker
+    from training.language_models import tokenizer_fingerprint  # slow, and of no use to a worker
+    from training.run_record import portable
+
+    tokenizer = open_fast_tokenizer(name)
+    replace_file(file, tokenizer.backend_tokenizer.to_str().encode())
+    return {
+        "name": portable(name, "tokenizer"),
+        "fingerprint": tokenizer_fingerprint(tokenizer),
+        "vocab_size": len(tokenizer),
+    }
+
+
+def open_fast_tokenizer(name: str):
+    """Raises ValueError or OSError where `tokenizers` cannot run it."""
+    from training.language_models import load_tokenizer
 
     tokenizer = load_tokenizer(name)
     if not tokenizer.is_fast:
         raise ValueError(f"The tokenizer {name!r} has no tokenizer.json: give one that `tokenizers` can run.")
-    replace_file(file, tokenizer.backend_tokenizer.to_str().encode())
-    return {"name": name, "fingerprint": tokenizer_fingerprint(tokenizer), "vocab_size": len(tokenizer)}
+    return tokenizer

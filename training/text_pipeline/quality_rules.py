@@ -45,7 +45,7 @@ class QualityRuleArguments:
     )
 
     def __post_init__(self):
-        if self.quality_rules == ["off"]:
+        if self.quality_rules in (["off"], False):  # what YAML makes of off
             self.quality_rules = []
         unknown = [name for name in self.quality_rules if name not in RULES]
         if unknown:

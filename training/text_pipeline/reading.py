@@ -125,7 +125,7 @@ class ReadDocuments(TalliedStep):
         tally = self.tally = Tally(self.name)
         documents = self._read(rank, world_size)
         while True:
-            started = time.perf_counter()
+            started = time.process_time()
             document = next(documents, None)
             if document is not None:
                 tally.leaves(document, document_bytes(document))
@@ -133,7 +133,7 @@ class ReadDocuments(TalliedStep):
             tally.documents_in = tally.documents_out + bad
             if tally.documents_in >= RECORDS_OF_A_SHARE and bad > tally.documents_in * self.arguments.max_bad_share:
                 raise BadInputError(_too_bad(tally))
-            tally.seconds += time.perf_counter() - started
+            tally.seconds += time.process_time() - started
             if document is None:
                 break
             yield document

@@ -59,11 +59,11 @@ class DocumentStage(TalliedStep):
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         tally = self.tally = Tally(self.name)
-        started = time.perf_counter()
+        started = time.process_time()
         self.begin(rank, world_size)
-        tally.seconds += time.perf_counter() - started
+        tally.seconds += time.process_time() - started
         for document in data:
-            started = time.perf_counter()
+            started = time.process_time()
             size, before = document_bytes(document), document.text
             tally.enters(size)
             reason = self.process(document)
@@ -73,12 +73,12 @@ class DocumentStage(TalliedStep):
                 tally.leaves(document, size)
             else:
                 tally.leaves(document, document_bytes(document), before or None)
-            tally.seconds += time.perf_counter() - started
+            tally.seconds += time.process_time() - started
             if reason is None:
                 yield document
-        started = time.perf_counter()
+        started = time.process_time()
         self.end(rank, world_size)
-        tally.seconds += time.perf_counter() - started
+        tally.seconds += time.process_time() - started
         self.save_tally(rank)
 
 
@@ -90,9 +90,9 @@ class FolderStage(TalliedStep):
 
     def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> Iterable[Document]:
         self.tally = Tally(self.name)
-        started = time.perf_counter()
+        started = time.process_time()
         self.work(rank, world_size)
-        self.tally.seconds += time.perf_counter() - started
+        self.tally.seconds += time.process_time() - started
         self.save_tally(rank)
         return ()
 

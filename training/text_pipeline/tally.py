@@ -29,7 +29,7 @@ class Tally:
     """Counts of one stage, of one task or of several.
 
     Attributes:
-        seconds: of one core, spent in the stage itself.
+        seconds: of a core's time (CPU time of the process), spent in the stage itself.
         bytes_in, bytes_out: of UTF-8; of a file as it lies on disk where a stage reads files, of raw HTML before it
             is extracted.
         dropped, dropped_bytes: by reason.

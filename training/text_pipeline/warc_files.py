@@ -25,6 +25,7 @@ HTML_TYPES = {"text/html", "application/xhtml+xml"}
 CHUNK = 1 << 20  # bytes
 MAX_HEADER = 32 << 10  # bytes: FastWARC's own limit
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5"
+PACKINGS = {".gz": GZIP, ".zst": ZSTD}
 # How a record begins, by the first two bytes of the file; the last is that of files that are not packed.
 RECORD_STARTS = {
     GZIP: rb"\x1f\x8b\x08[\x00\x04\x08]",
@@ -136,15 +137,15 @@ def read_records(
     path: Path, name: str, max_record_bytes: int, tally: Tally
 ) -> Iterator[tuple[int, warc.WarcRecord, bytes]]:
     """(offset, record, its block) of every record that is whole; of a longer block the first `max_record_bytes`."""
-    size = path.stat().st_size
     counted = -1  # the offset of the damage counted last: what is tried again and fails again is one
     with path.open("rb") as file:
-        packing = file.read(2)
+        # Also by the name, since it may be the first bytes that are damaged.
+        packing = PACKINGS.get(path.suffix.lower()) or file.read(2)
         packing = packing if packing in RECORD_STARTS else b""
         start: int | None = 0
         while start is not None:
             file.seek(start)
-            offset, whole, reason = start, None, "damaged record"
+            offset, whole, ended, reason = start, None, False, "damaged record"
             try:
                 for record in warc.ArchiveIterator(file, parse_http=False):
                     offset, whole = record.stream_pos, None
@@ -155,17 +156,17 @@ def read_records(
                     whole = record.content_length
                     yield offset, record, block
                 else:
-                    if packing == GZIP and size - offset <= max_record_bytes:
-                        check_end(file, name, offset, tally)
-                    return
+                    ended, reason = True, "truncated record"
             except OSError:
                 pass
             # Where the record at `offset` was read to its end, the damage is behind it.
             place = offset if whole is None else record_end(file, packing, offset, whole)
+            start = find(file, re.compile(RECORD_STARTS[packing]), max(place, offset + 1))
+            if ended and whole is not None and start is None:
+                return
             if place != counted:
                 tally.bad(name, place, reason)
                 counted = place
-            start = find(file, re.compile(RECORD_STARTS[packing]), max(place, offset + 1))
 
 
 def check_record(record: warc.WarcRecord, block: bytes, max_record_bytes: int) -> str | None:
@@ -183,15 +184,6 @@ def record_end(file: BinaryIO, packing: bytes, offset: int, content_length: int)
     file.seek(offset)
     header = file.read(MAX_HEADER).find(b"\r\n\r\n") + 4
     return offset + header + content_length + 4
-
-
-def check_end(file: BinaryIO, name: str, offset: int, tally: Tally) -> None:
-    """Counts what lies behind the last record of a packed file: so little that not even a header could be unpacked."""
-    end = member_end(file, offset)
-    if end is not None:
-        file.seek(end)
-        if file.read(1) == GZIP[:1]:
-            tally.bad(name, end, "truncated record")
 
 
 def member_end(file: BinaryIO, offset: int) -> int | None:
