@@ -10,6 +10,7 @@ prepared by a recipe of its own or finished already, and mixes their tokens.
     OUTPUT/documents/*.parquet   the clean documents          OUTPUT/report.html   what was dropped, to read
     OUTPUT/tokens/*.parquet      shards for `pretrain_lm`     OUTPUT/report.json   the same as numbers
     OUTPUT/README.md             the data set's card          OUTPUT/work/         what it takes to go on after a stop
+    OUTPUT/cutoffs.json          measured cut-offs of perplexity, for `--perplexity_cutoffs` of other runs
 
 What is written depends on the input and the options, never on the number of workers. The same command again goes on
 after an interruption, or says that the data is finished. The stages are in `training/text_pipeline/`.

@@ -30,6 +30,7 @@ from .near_duplicates import (
     SignDocuments,
 )
 from .perplexity import AssignBucket, MeasureCutoffs, PerplexityArguments, ScorePerplexity
+from .perplexity_model import find_models, only_language
 from .pii import MaskPii, PiiArguments
 from .quality_rules import QualityRuleArguments
 from .reading import ReadArguments, ReadDocuments, check_bad_share
@@ -87,7 +88,10 @@ class SourceArguments(
 
 
 def source_phases(arguments: SourceArguments, tasks: list[list[str]], work: Path, documents: Path) -> list[Phase]:
-    """The phases that turn the files of `tasks` into `documents/*.parquet`, with what is in between in `work`."""
+    """The phases that turn the files of `tasks` into `documents/*.parquet`, with what is in between in `work`.
+
+    Cut-offs of perplexity that are measured are written beside `documents`.
+    """
     count = len(tasks)
     extracted, filtered, lines = work / "extracted", work / "filtered", work / "lines"
     dedups_lines = arguments.line_dedup != "off"
@@ -104,8 +108,9 @@ def source_phases(arguments: SourceArguments, tasks: list[list[str]], work: Path
         phases.append(Phase("find_duplicate_lines", [find], arguments.line_dedup_partitions))
         filters.append(DropDuplicateLines(lines, arguments.line_dedup_partitions, arguments.min_document_characters))
     filters += document_filters(arguments, work)
-    writes = [*bucket_stages(arguments, work), ParquetDocuments(documents)]
-    between = global_phases(arguments, count, work)
+    cutoffs = documents.with_name("cutoffs.json")  # stays, for later runs
+    writes = [*bucket_stages(arguments, cutoffs), ParquetDocuments(documents)]
+    between = global_phases(arguments, count, work, cutoffs)
     if not between:
         return [*phases, Phase("filter", [*filters, *writes], count)]
     if arguments.near_duplicates:
@@ -151,7 +156,7 @@ def document_filters(arguments: SourceArguments, work: Path) -> list[DocumentSta
     return stages
 
 
-def global_phases(arguments: SourceArguments, count: int, work: Path) -> list[Phase]:
+def global_phases(arguments: SourceArguments, count: int, work: Path, cutoffs: Path) -> list[Phase]:
     """What needs all documents that the filters left, and comes before they are written."""
     phases = []
     if arguments.near_duplicates:
@@ -161,7 +166,7 @@ def global_phases(arguments: SourceArguments, count: int, work: Path) -> list[Ph
             Phase("cluster_near_duplicates", [ClusterNearDuplicates(folder, count, config)], 1),
         ]
     if measures_cutoffs(arguments):
-        measure = MeasureCutoffs(work / "perplexities", count, arguments.perplexity_percentiles, work / "cutoffs.json")
+        measure = MeasureCutoffs(work / "perplexities", count, arguments.perplexity_percentiles, cutoffs)
         phases.append(Phase("measure_cutoffs", [measure], 1))
     return phases
 
@@ -170,10 +175,11 @@ def measures_cutoffs(arguments: SourceArguments) -> bool:
     return bool(arguments.perplexity_models) and arguments.given_cutoffs() is None
 
 
-def bucket_stages(arguments: SourceArguments, work: Path) -> list[DocumentStage]:
+def bucket_stages(arguments: SourceArguments, cutoffs: Path) -> list[DocumentStage]:
     if not arguments.perplexity_models:
         return []
-    return [AssignBucket(arguments.given_cutoffs() or work / "cutoffs.json", arguments.keep_buckets)]
+    default_language = only_language(find_models(arguments.perplexity_models))
+    return [AssignBucket(arguments.given_cutoffs() or cutoffs, arguments.keep_buckets, default_language)]
 
 
 def describe_stages(phases: list[Phase]) -> list[dict[str, str]]:
