@@ -2,8 +2,8 @@
 
 Text that is like Wikipedia has a low perplexity: "head". Much of what is in "tail" is no prose: lists, menus, noise.
 `ScorePerplexity`, `MeasureCutoffs` (unless cut-offs are given) and `AssignBucket` follow each other, each a phase
-later, since the cut-offs are percentiles of all documents of a language. Where a document has no `language` and there is
-one model only, that is its model. Documents of languages without a model are in the bucket "all".
+later, since the cut-offs are percentiles of all documents of a language. A document without `language` is scored by the
+only model, where there is no other. Documents of languages without a model are in the bucket "all".
 """
 
 import csv
@@ -34,8 +34,8 @@ class PerplexityArguments:
         default=None,
         metadata={
             "help": "Folder with CCNet's names: en.sp.model (SentencePiece) and en.arpa.bin (KenLM) for each language; "
-            "`python -m training.train_perplexity_model` makes them. Text whose language is not identified is scored by "
-            "the model, where there is one only. Without this folder, nothing is scored."
+            "`python -m training.train_perplexity_model` makes them. Text of unknown language is scored by the only "
+            "model, where there is no other. Without a folder, nothing is scored."
         },
     )
     # The parser takes a string or a mapping only where None is possible too.
