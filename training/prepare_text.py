@@ -39,7 +39,7 @@ from .text_pipeline.mixture_inputs import (
 from .text_pipeline.reading import plan_tasks
 from .text_pipeline.reference_classifier import check_reference_model
 from .text_pipeline.report import LOGS, TALLIES, WriteReport
-from .text_pipeline.source_phases import SourceArguments, describe_stages, source_phases
+from .text_pipeline.source_phases import CONTAMINATED, SourceArguments, describe_stages, source_phases
 
 
 @dataclass
@@ -196,10 +196,11 @@ def model_note(folder: Path) -> str:
     """From the `run.json` that our training commands leave beside a model; empty beside another's."""
     try:
         data = json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"]
-        named = {name: entry.get("are") or entry["dataset"] for name, entry in data.items()}
+        named = {name: entry.get("are") or entry["dataset"] for name, entry in data.items() if name != "eval"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""
-    return "Trained on " + "; ".join(f"{name}: {text}" for name, text in named.items()) + "."
+    told = [text if name == "train" else f"{name}: {text}" for name, text in named.items()]
+    return f"Trained on {'; '.join(told)}."
 
 
 def finish(asked: Preparation, record: RunRecord) -> None:
@@ -209,7 +210,7 @@ def finish(asked: Preparation, record: RunRecord) -> None:
         return
     if not asked.output.keep_work:
         for entry in asked.work.iterdir():
-            if entry.name not in (TALLIES, LOGS):
+            if entry.name not in (TALLIES, LOGS, CONTAMINATED):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     report = json.loads((asked.folder / "report.json").read_text(encoding="utf-8"))
     metrics = {name: report[name] for name in ("documents_in", "bytes_in", "documents_out", "bytes_out")}

@@ -41,9 +41,11 @@ from .stage import DocumentStage, FolderStage, TalliedStep
 from .tally import Tally
 from .token_files import TokeniseDocuments
 
+CONTAMINATED = "contaminated"  # of the working folder: what `decontamination.found_items` reads
 # What the report says of each stage, in the order in which documents pass.
 WHAT = {
     "read": "Reads the files; what cannot be read is counted and skipped.",
+    "check_reading": "Stops the run where too much could not be read.",
     "extract": "Finds the main text of a page, its title, and the language that it says it is in.",
     "hash_lines": "Hashes every line, for the lines that occur more than once.",
     "find_duplicate_lines": "Finds the lines that occur more than once in the whole input.",
@@ -53,38 +55,54 @@ WHAT = {
     "gopher_quality": "Gopher's rules of quality.",
     "gopher_repetition": "Gopher's rules of repetition.",
     "fineweb": "FineWeb's rules of quality.",
+    "code_license": "Drops source code under other licences than those to keep.",
+    "code_quality": "Drops minified and generated code, and data that looks like code.",
+    "code_headers": "Removes notices of licence and copyright from the head of a file.",
+    "latex": "Removes comments, preamble and bibliography of papers, and writes their macros out.",
     "perplexity": "Scores documents by an n-gram model of reference text.",
     "perplexity_cutoffs": "Measures at which perplexities the buckets end.",
     "reference": "Drops what a classifier tells from pages that references point to.",
     "pii": "Masks e-mail and IP addresses.",
     "decontamination": "Drops what shares n-grams with the evaluation sets.",
+    "sign_documents": "Computes the MinHash signatures by which near-duplicates are found.",
+    "find_near_duplicates": "Finds pairs of documents with a part of their signatures in common.",
+    "cluster_near_duplicates": "Joins the pairs to groups, of which the first document is kept.",
     "near_duplicates": "Drops all but one of documents that are nearly the same.",
     "bucket": "Sorts documents into head, middle and tail by their perplexity.",
     "write": "Writes what is left.",
+    "tokenise": "Turns documents into tokens.",
+    "plan_mixture": "Settles how much each source gives.",
+    "token_shards": "Writes the tokens in a random order of documents.",
 }
 
 
+# A dataclass has the fields of its last base first: `--help` lists them in the order of the stages.
 @dataclass
 class SourceArguments(
-    ReadArguments,
-    ExtractionArguments,
-    LineDedupArguments,
-    LanguageArguments,
-    SourceKindArguments,
-    QualityRuleArguments,
-    CodeArguments,
-    PerplexityArguments,
-    ReferenceArguments,
-    PiiArguments,
-    DecontaminationArguments,
     NearDuplicateArguments,
+    DecontaminationArguments,
+    PiiArguments,
+    ReferenceArguments,
+    PerplexityArguments,
+    CodeArguments,
+    QualityRuleArguments,
+    LanguageArguments,
+    LineDedupArguments,
+    ExtractionArguments,
+    SourceKindArguments,
+    ReadArguments,
 ):
     """All that decides which documents come out of one source; checks of each part are its own."""
 
     def __post_init__(self):
-        for part in type(self).__mro__[1:]:
+        for part in reversed(type(self).__mro__[1:]):
             if "__post_init__" in vars(part):
                 part.__post_init__(self)
+        if self.source_kind != "web" and self.line_dedup != "off":
+            raise ValueError(
+                f"--source_kind {self.source_kind} with --line_dedup {self.line_dedup} would drop lines that many "
+                "files have, such as `}` or `import os`: add --line_dedup off."
+            )
 
 
 def source_phases(arguments: SourceArguments, tasks: list[list[str]], work: Path, documents: Path) -> list[Phase]:
@@ -152,7 +170,7 @@ def document_filters(arguments: SourceArguments, work: Path) -> list[DocumentSta
     if arguments.mask_emails or arguments.mask_ips:
         stages.append(MaskPii(arguments))
     if arguments.decontaminate:
-        stages.append(Decontaminate(arguments, work / "contaminated"))
+        stages.append(Decontaminate(arguments, work / CONTAMINATED))
     return stages
 
 
