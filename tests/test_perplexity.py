@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import random
+import shutil
 import sys
 from collections import Counter
 from importlib.util import find_spec
@@ -276,7 +277,42 @@ def test_options_come_from_recipes_and_the_command_line(tmp_path, monkeypatch):
     assert parse_arguments(PerplexityArguments)[0].given_cutoffs() is None
 
 
+def test_a_run_without_scores_has_no_cutoffs_and_one_bucket(tmp_path):
+    """Such as one of text in languages that have no model."""
+    np.savez(scores_file(tmp_path, 0))
+    list(MeasureCutoffs(tmp_path, 1, [30, 60], tmp_path / "cutoffs.json").run())
+    assign = AssignBucket(tmp_path / "cutoffs.json", list(BUCKETS))
+    given = [Document(text="", id="x", metadata={"language": "fr"}), Document(text="", id="y", metadata={})]
+    assert [document.metadata["bucket"] for document in assign.run(given)] == ["all"] * 2
+    with pytest.raises(ValueError, match="holds no cut-offs"):
+        PerplexityArguments(perplexity_models=str(tmp_path), perplexity_cutoffs=str(tmp_path / "cutoffs.json"))
+
+
 # The stages together
+
+
+@needs_kenlm
+def test_text_of_unknown_language_is_of_the_only_model(models, tmp_path):
+    (tmp_path / "models").mkdir()
+    for file in find_models(models)["en"]:
+        shutil.copy(file, tmp_path / "models")
+    texts = ["a b\nc", "b b a", "c c c c", "c a", "b"]
+    buckets = {}
+    for language in ("en", None):
+        given = [
+            Document(text=text, id=str(i), metadata={"language": language} if language else {})
+            for i, text in enumerate(texts)
+        ]
+        scored = list(ScorePerplexity(tmp_path / "models", tmp_path).run(given))
+        list(MeasureCutoffs(tmp_path, 1, [30, 60], tmp_path / "cutoffs.json").run())
+        assigned = list(AssignBucket(tmp_path / "cutoffs.json", list(BUCKETS), "en").run(scored))
+        assert all(document.metadata.get("language") == language for document in assigned), "it is not identified so"
+        buckets[language] = [(document.metadata["perplexity"], document.metadata["bucket"]) for document in assigned]
+    assert buckets[None] == buckets["en"]
+    assert {bucket for _, bucket in buckets[None]} == {"head", "middle", "tail"}
+    other = Document(text="a b", id="x", metadata={"language": "de"})
+    list(ScorePerplexity(tmp_path / "models", tmp_path).run([other]))
+    assert "perplexity" not in other.metadata
 
 
 @needs_kenlm

@@ -5,13 +5,13 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import fasttext
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from training_runs import REPOSITORY, command, run
 
 from training.dataset_source import SAMPLE_DATA
+from training.fasttext_training import save_classifier, train_classifier
 from training.prepare_text import (
     ExecutionArguments,
     MixArguments,
@@ -33,10 +33,8 @@ def language_model(tmp_path_factory):
     rows = pq.read_table(LABELS / "languages.parquet").to_pylist()
     lines = (f"__label__{row['language']} {' '.join(row['text'].split())}\n" for row in rows)
     (folder / "train.txt").write_text("".join(lines), encoding="utf-8")
-    model = fasttext.train_supervised(
-        str(folder / "train.txt"), lr=0.5, dim=16, minn=2, maxn=4, bucket=20_000, epoch=10, thread=1, verbose=0
-    )
-    model.save_model(str(folder / "language.bin"))
+    model = train_classifier(folder / "train.txt", 0, lr=0.5, dim=16, minn=2, maxn=4, bucket=20_000, epoch=10)
+    save_classifier(model, folder / "language.bin")
     return folder / "language.bin"
 
 
@@ -170,6 +168,18 @@ def test_documents_load_as_a_data_set_and_tokens_are_mixed_from_two_sources(prep
     assert 99_000 < info["tokens"] <= 100_000
     rows = load_dataset(str(tmp_path / "mixture" / "tokens"), split="train")
     assert sum(map(len, rows["input_ids"])) == info["tokens"]
+
+
+def test_lines_that_source_files_share_stay(tmp_path):
+    """Each line of code would be a duplicate sooner or later."""
+    files = [f"import os\n\n\ndef f{i}():\n    return os.getcwd() + '{i}'\n" for i in range(2)]
+    rows = (json.dumps({"text": text, "license": "MIT"}) + "\n" for text in files)
+    (tmp_path / "code.jsonl").write_text("".join(rows))
+    given = {"dataset": str(tmp_path / "code.jsonl"), "source_kind": "code", "near_duplicates": False}
+    with pytest.raises(ValueError, match="add --line_dedup off"):
+        SourceArguments(**given)
+    prepared = prepare_here(tmp_path / "code", given | {"line_dedup": "off"})
+    assert [row["text"] for row in kept_rows(prepared)] == files
 
 
 def test_a_field_that_a_recipe_cannot_have_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zlib
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -354,6 +355,18 @@ def test_damaged_parquet_costs_its_row_group(tmp_path):
     texts = table["text"].to_pylist()
     assert [document.text for document in documents] == texts + texts[:10] + texts[20:]
     assert bad(tally) == [("b.parquet", 10, "damaged parquet"), ("c.parquet", 0, "damaged parquet")]
+
+
+def test_parquet_rows_that_are_not_utf8_cost_only_themselves(tmp_path):
+    texts = [b"good", "café".encode("latin-1"), b"good too"]
+    offsets = pa.py_buffer(np.cumsum([0, *map(len, texts)]).astype(np.int32))
+    column = pa.StringArray.from_buffers(len(texts), offsets, pa.py_buffer(b"".join(texts)))  # unchecked
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    documents, tally = read(tmp_path)
+    assert [(document.text, document.id) for document in documents] == [
+        ("good", "a.parquet/0"), ("good too", "a.parquet/2"),
+    ]  # fmt: skip
+    assert bad(tally) == [("a.parquet", 1, "not UTF-8")]
 
 
 MEMORY_OF_A_LONG_LINE = """

@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard
 from benchmarks.text_projection import ccnet_hours, project
 from training.text_pipeline.document_files import ParquetDocuments
 from training.text_pipeline.report import WriteReport, bad_inputs, wall_seconds
-from training.text_pipeline.report_page import card_metadata, histogram, visible
+from training.text_pipeline.report_page import card_metadata, histogram, histograms, visible
 from training.text_pipeline.tally import Tally, power_of_two_bin
 
 STAGES = [
@@ -23,6 +23,7 @@ STAGES = [
     {"stage": "language", "phase": "2_filter", "kind": "documents", "what": "Keeps English."},
     {"stage": "write", "phase": "2_filter", "kind": "documents", "what": "Writes parquet."},
 ]
+HARDWARE = {"cpu": "A processor", "cores": 2, "memory_gib": 7.8, "accelerators": [], "processes": 1}
 HOSTILE = [
     "<script>document.title = 'taken'</script>",
     '<img src="http://192.0.2.1/x.png" onerror="document.title = \'taken\'">',
@@ -144,7 +145,7 @@ def test_all_but_timing_is_the_same_however_fast_the_run(written, run):
         tally = Tally.load(file)
         tally.seconds *= 17
         tally.save(file)
-    report, again = read_report(written), write_report(work, output, execution={"workers": 2}, hardware={"cores": 2})
+    report, again = read_report(written), write_report(work, output, execution={"workers": 2}, hardware=HARDWARE)
     assert report.pop("timing") != again.pop("timing")
     assert json.dumps(report) == json.dumps(again)
     for picture in ("funnel.png", "length.png"):
@@ -260,6 +261,51 @@ def test_a_run_that_keeps_nothing_is_reported(tmp_path):
     report = write_report(tmp_path, tmp_path / "out", stages)
     assert report["documents_out"] == 0
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def tokenised(stages, sources):
+    """The stages with those that make token shards, and their tallies."""
+    last, plan = Tally("tokenise"), Tally("plan_mixture")
+    last.documents_in = last.documents_out = sum(documents for documents, _ in sources.values())
+    last.bytes_in = last.bytes_out = 1000
+    for name, (documents, tokens) in sources.items():
+        plan.counts |= {f"documents: {name}": documents, f"tokens: {name}": tokens}
+    phase = {"phase": "tokens", "what": ""}
+    more = [{"stage": "tokenise", "kind": "documents"}, {"stage": "plan_mixture", "kind": "work"}]
+    more.append({"stage": "token_shards", "kind": "work"})
+    return stages + [stage | phase for stage in more], [last, plan, Tally("token_shards")]
+
+
+def test_tokens_behind_the_documents_change_no_other_figure(written, run):
+    work, output = run
+    before = read_report(written)
+    stages, tallies = tokenised(STAGES, {"documents": (before["documents_out"], 12_345)})
+    for tally in tallies:
+        tally.save(work / "tallies" / tally.stage / "00000.json")
+    report = write_report(work, output, stages)
+    assert report["languages"] == before["languages"]
+    lengths = [histograms(one)[0]["rows"] for one in (report, before)]
+    assert lengths[0] == lengths[1]
+    card = DatasetCard.load(output / "README.md")
+    paths = [config["data_files"][0]["path"] for config in card.data.to_dict()["configs"]]
+    assert paths == ["documents/*.parquet", "tokens/*.parquet"]
+    assert card.data.language == ["en"]
+    assert f"| documents | {before['documents_out']} | 12,345 | 100.0% |" in card.text
+
+
+def test_the_card_of_a_mixture_tells_the_tokens_of_its_sources(tmp_path):
+    stages, tallies = tokenised([], {"<b>web": (30, 3000), "books": (10, 1000)})
+    for tally in tallies:
+        tally.save(tmp_path / "tallies" / tally.stage / "00000.json")
+    write_report(tmp_path, tmp_path / "out", stages)
+    card = DatasetCard.load(tmp_path / "out" / "README.md")
+    assert [config["data_files"][0]["path"] for config in card.data.to_dict()["configs"]] == ["tokens/*.parquet"]
+    assert "documents/*.parquet" not in card.text
+    assert "4,000 tokens of 2 sources" in card.text
+    assert "| books | 10 | 1,000 | 25.0% |" in card.text
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<td>3,000</td><td>75.0%</td>" in page
+    assert "<b>web" not in page
 
 
 def test_the_languages_of_what_is_written_are_counted(tmp_path):

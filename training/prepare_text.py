@@ -10,6 +10,7 @@ prepared by a recipe of its own or finished already, and mixes their tokens.
     OUTPUT/documents/*.parquet   the clean documents          OUTPUT/report.html   what was dropped, to read
     OUTPUT/tokens/*.parquet      shards for `pretrain_lm`     OUTPUT/report.json   the same as numbers
     OUTPUT/README.md             the data set's card          OUTPUT/work/         what it takes to go on after a stop
+    OUTPUT/cutoffs.json          measured cut-offs of perplexity, for `--perplexity_cutoffs` of other runs
 
 What is written depends on the input and the options, never on the number of workers. The same command again goes on
 after an interruption, or says that the data is finished. The stages are in `training/text_pipeline/`.
@@ -40,7 +41,7 @@ from .text_pipeline.mixture_inputs import (
 from .text_pipeline.reading import plan_tasks
 from .text_pipeline.reference_classifier import check_reference_model
 from .text_pipeline.report import LOGS, TALLIES, WriteReport
-from .text_pipeline.source_phases import SourceArguments, describe_stages, source_phases
+from .text_pipeline.source_phases import CONTAMINATED, SourceArguments, describe_stages, source_phases
 
 
 @dataclass
@@ -199,10 +200,11 @@ def model_note(folder: Path) -> str:
     """From the `run.json` that our training commands leave beside a model; empty beside another's."""
     try:
         data = json.loads((folder / "run.json").read_text(encoding="utf-8"))["data"]
-        named = {name: entry.get("are") or entry["dataset"] for name, entry in data.items()}
+        named = {name: entry.get("are") or entry["dataset"] for name, entry in data.items() if name != "eval"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""
-    return "Trained on " + "; ".join(f"{name}: {text}" for name, text in named.items()) + "."
+    told = [text if name == "train" else f"{name}: {text}" for name, text in named.items()]
+    return f"Trained on {'; '.join(told)}."
 
 
 def finish(asked: Preparation, record: RunRecord) -> None:
@@ -211,7 +213,7 @@ def finish(asked: Preparation, record: RunRecord) -> None:
         partial.unlink()
     if not asked.output.keep_work:
         for entry in asked.work.iterdir():
-            if entry.name not in (TALLIES, LOGS):
+            if entry.name not in (TALLIES, LOGS, CONTAMINATED):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     report = json.loads((asked.folder / "report.json").read_text(encoding="utf-8"))
     metrics = {name: report[name] for name in ("documents_in", "bytes_in", "documents_out", "bytes_out")}

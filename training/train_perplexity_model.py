@@ -31,7 +31,7 @@ from .command_line import parse_arguments, plain_errors
 from .run_record import RunRecord
 from .text_data import TextDataArguments, describe_texts, iterate_texts, load_text_dataset
 from .text_pipeline.perplexity_model import PIECES_SUFFIX, PerplexityModel, normalize
-from .text_pipeline.tally import replace_file
+from .text_pipeline.tally import partial_path, replace_file
 
 ORDER = 5  # the paper's
 CHARACTER_COVERAGE = 0.9995  # CCNet's Makefile
@@ -157,7 +157,7 @@ def train_ngrams(
         with arpa.open(encoding="utf-8") as lines:
             next(lines)  # \data\
             counts = [int(next(lines).split("=")[1]) for _ in range(ORDER)]
-        partial = file.with_name(f".{file.name}.partial")
+        partial = partial_path(file)
         shutil.copyfile(binary, partial)
         os.replace(partial, file)
     return {"order": ORDER, "ngrams": counts, "fallback_discounts": "Substituting fallback discounts" in messages}

@@ -2,8 +2,8 @@
 
 Text that is like Wikipedia has a low perplexity: "head". Much of what is in "tail" is no prose: lists, menus, noise.
 `ScorePerplexity`, `MeasureCutoffs` (unless cut-offs are given) and `AssignBucket` follow each other, each a phase
-later, since the cut-offs are percentiles of all documents of a language. Documents of languages without a model are in
-the bucket "all".
+later, since the cut-offs are percentiles of all documents of a language. A document without `language` is scored by the
+only model, where there is no other. Documents of languages without a model are in the bucket "all".
 """
 
 import csv
@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 from datatrove.data import Document
 
-from .perplexity_model import PerplexityModel, check_models, find_models
+from .perplexity_model import PerplexityModel, check_models, find_models, only_language
 from .stage import DocumentStage, FolderStage
 from .tally import power_of_two_bin, replace_file
 
 BUCKETS = ("head", "middle", "tail", "all")
 MEASURED = "measured"
+EXPECTED_CUTOFFS = "{language: [head, tail]}, two rising positive numbers"
 
 
 @dataclass
@@ -33,7 +34,8 @@ class PerplexityArguments:
         default=None,
         metadata={
             "help": "Folder with CCNet's names: en.sp.model (SentencePiece) and en.arpa.bin (KenLM) for each language; "
-            "`python -m training.train_perplexity_model` makes them. Without it, nothing is scored."
+            "`python -m training.train_perplexity_model` makes them. Text of unknown language is scored by the only "
+            "model, where there is no other. Without a folder, nothing is scored."
         },
     )
     # The parser takes a string or a mapping only where None is possible too.
@@ -41,7 +43,7 @@ class PerplexityArguments:
         default=MEASURED,
         metadata={
             "help": "`measured`: percentiles of this run. Or {language: [head, tail]} (in a recipe), a JSON file of "
-            "that (an earlier run's cutoffs.json), or a CSV file in the layout of CCNet's cutoff.csv."
+            "that (cutoffs.json of an earlier run), or a CSV file in the layout of CCNet's cutoff.csv."
         },
     )
     perplexity_percentiles: list[float] = field(
@@ -85,12 +87,17 @@ class PerplexityArguments:
         if source is None or source == MEASURED:
             return None
         if isinstance(source, dict):
-            return check_cutoffs(source, "--perplexity_cutoffs")
-        return read_cutoffs(Path(source), self.perplexity_percentiles)
+            cutoffs = check_cutoffs(source, "--perplexity_cutoffs")
+        else:
+            cutoffs = read_cutoffs(Path(source), self.perplexity_percentiles)
+        if not cutoffs:
+            raise ValueError(f"--perplexity_cutoffs: {source} holds no cut-offs: expected {EXPECTED_CUTOFFS}.")
+        return cutoffs
 
 
 class ScorePerplexity(DocumentStage):
-    """Adds `perplexity` (to 0.1, as CCNet does) to documents whose `language` has a model.
+    """Adds `perplexity` (to 0.1, as CCNet does) to documents whose `language` has a model, or, without a `language`, to
+    all where there is one model only.
 
     Args:
         models: folder of the models, which are loaded when the first document of their language comes.
@@ -107,10 +114,11 @@ class ScorePerplexity(DocumentStage):
 
     def begin(self, rank: int, world_size: int) -> None:
         self.files = find_models(self.folder)
+        self.default_language = only_language(self.files)
         self.scores.clear()
 
     def process(self, document: Document) -> str | None:
-        language = document.metadata.get("language")
+        language = document.metadata.get("language") or self.default_language
         if language not in self.files:
             self.tally.counts["no model of the language"] += 1
             return None
@@ -182,23 +190,27 @@ class AssignBucket(DocumentStage):
 
     Args:
         cutoffs: language -> [head, tail], or the JSON file that `MeasureCutoffs` writes in an earlier phase.
+        default_language: of documents without a `language`, as `ScorePerplexity` took it.
     """
 
     name = "bucket"
 
-    def __init__(self, cutoffs: dict[str, list[float]] | Path, keep_buckets: list[str]):
+    def __init__(
+        self, cutoffs: dict[str, list[float]] | Path, keep_buckets: list[str], default_language: str | None = None
+    ):
         super().__init__()
-        self.cutoffs, self.keep_buckets = cutoffs, keep_buckets
+        self.cutoffs, self.keep_buckets, self.default_language = cutoffs, keep_buckets, default_language
 
     def begin(self, rank: int, world_size: int) -> None:
         if not isinstance(self.cutoffs, dict):
             self.cutoffs = read_cutoffs(Path(self.cutoffs))
 
     def process(self, document: Document) -> str | None:
-        language, perplexity = document.metadata.get("language"), document.metadata.get("perplexity")
+        language = document.metadata.get("language") or self.default_language
+        perplexity = document.metadata.get("perplexity")
         bucket = "all" if perplexity is None else choose_bucket(perplexity, self.cutoffs.get(language))
         document.metadata["bucket"] = bucket
-        self.tally.histograms[f"bucket, {language}"][bucket] += 1
+        self.tally.histograms[f"bucket, {language or 'no language'}"][bucket] += 1
         return None if bucket in self.keep_buckets else bucket
 
 
@@ -242,9 +254,9 @@ def read_cutoffs(file: Path, percentiles: Sequence[float] = ()) -> dict[str, lis
 
 
 def check_cutoffs(cutoffs: Any, source: str | Path) -> dict[str, list[float]]:
-    expected = "expected {language: [head, tail]}, two rising positive numbers"
-    if not isinstance(cutoffs, dict) or not cutoffs:
-        raise ValueError(f"{source} holds no cut-offs: {expected}.")
+    """As numbers; there may be none, as measured of documents of which none was scored."""
+    if not isinstance(cutoffs, dict):
+        raise ValueError(f"{source} holds no cut-offs: expected {EXPECTED_CUTOFFS}.")
     checked = {}
     for language, values in cutoffs.items():
         try:
@@ -252,6 +264,6 @@ def check_cutoffs(cutoffs: Any, source: str | Path) -> dict[str, list[float]]:
         except (TypeError, ValueError):
             head = tail = math.nan
         if not 0 < head <= tail:
-            raise ValueError(f"{source} has {values!r} for the language {language!r}: {expected}.")
+            raise ValueError(f"{source} has {values!r} for the language {language!r}: expected {EXPECTED_CUTOFFS}.")
         checked[str(language)] = [head, tail]
     return checked

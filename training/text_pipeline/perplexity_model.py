@@ -146,6 +146,12 @@ def find_models(folder: str | Path) -> dict[str, tuple[Path, Path]]:
     return {language: (folder / pieces[language], folder / ngrams[language]) for language in sorted(pieces)}
 
 
+def only_language(models: Iterable[str]) -> str | None:
+    """The language of the only one of `models`, by which text is scored whose language nobody identified."""
+    languages = list(models)
+    return languages[0] if len(languages) == 1 else None
+
+
 def _languages(names: Iterable[str], suffixes: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for suffix in suffixes:

@@ -40,7 +40,7 @@ class QualityRuleArguments:
         default_factory=lambda: ["gopher_quality", "gopher_repetition", "c4"],
         metadata={
             "help": "Rules that drop documents of the web: gopher_quality, gopher_repetition, c4 (drops lines too), "
-            "fineweb; or off."
+            "fineweb; or off. Text whose language is not identified is taken for English."
         },
     )
 

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .document_files import ParquetDocuments
 from .stage import FolderStage
 from .tally import NAMED_BAD_INPUTS, Tally, replace_file
 
@@ -152,9 +153,9 @@ def sorted_bins(bins: dict[str, int]) -> dict[str, int]:
 
 def languages(stages: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """Language -> documents that were identified as it, and that are left at the end; empty where nobody asked."""
-    # Counted by the stage that identifies them, and by the last one, that writes the documents.
-    identified = next((stage["histograms"]["languages"] for stage in stages if "languages" in stage["histograms"]), {})
-    left = stages[-1]["histograms"].get("languages", {})
+    # Counted by the stage that identifies them, and by the one that writes the documents.
+    counted = {s["stage"]: s["histograms"]["languages"] for s in stages if "languages" in s["histograms"]}
+    identified, left = next(iter(counted.values()), {}), counted.get(ParquetDocuments.name, {})
     return {language: {"identified": n, "kept": left.get(language, 0)} for language, n in most_first(identified)}
 
 

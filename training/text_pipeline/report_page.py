@@ -16,13 +16,14 @@ import jinja2
 from huggingface_hub import DatasetCard, DatasetCardData
 from markupsafe import Markup, escape
 
-from hub_cards.build_card import cell, in_lines, inline_code, plain
+from hub_cards.build_card import cell, in_lines, inline_code, machine, plain
 from hub_cards.metadata import HUB_LICENSES
 from hub_cards.readable_numbers import count, duration, quantity
 
 from .report_pictures import draw_pictures
 from .tally import replace_file
 
+WRITTEN = {"write": "documents/*.parquet", "token_shards": "tokens/*.parquet"}
 TEMPLATES = Path(__file__).parent / "templates"
 ASSETS = "card_assets"
 # What a page is no place for more of; all are in report.json.
@@ -67,9 +68,25 @@ def card_metadata(report: dict[str, Any]) -> DatasetCardData:
         license_name=None if known or license == "other" else re.sub(r"[^a-z0-9.]+", "-", license.lower()).strip("-"),
         size_categories=[next(name for edge, name in SIZE_CATEGORIES if documents < edge)],
         task_categories=["text-generation"],
-        tags=["datatrove", "pretraining", "web"],
-        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "documents/*.parquet"}]}],
+        tags=["datatrove", "pretraining"],
+        configs=[
+            {"config_name": name, "data_files": [{"split": "train", "path": path}]}
+            for name, path in zip(("default", "tokens"), data_files(report).values(), strict=False)
+        ],
     )
+
+
+def data_files(report: dict[str, Any]) -> dict[str, str]:
+    """The stages that wrote files to load, and the pattern of their names: of documents, of tokens, or of both."""
+    stages = {stage["stage"] for stage in report["stages"]}
+    return {stage: pattern for stage, pattern in WRITTEN.items() if stage in stages}
+
+
+def token_counts(report: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Source -> `documents` and `tokens` of the token shards; empty where none were made."""
+    counts = next((stage["counts"] for stage in report["stages"] if stage["stage"] == "plan_mixture"), {})
+    sources = [name.removeprefix("tokens: ") for name in counts if name.startswith("tokens: ")]
+    return {source: {kind: counts[f"{kind}: {source}"] for kind in ("documents", "tokens")} for source in sources}
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +95,8 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
     return {
         "funnel": funnel(report),
         "histograms": histograms(report),
+        "data_files": data_files(report),
+        "token_counts": token_counts(report),
         "shown_languages": languages[:MOST_LANGUAGES],
         "other_languages": languages[MOST_LANGUAGES:],
     }
@@ -99,7 +118,8 @@ def histograms(report: dict[str, Any]) -> list[dict[str, Any]]:
     passed = [stage for stage in report["stages"] if stage["kind"] == "documents"]
     # Of pages before they are extracted, the size is that of their HTML.
     texts = next((stage for stage in passed if stage["stage"] == "extract"), passed[0])
-    before, after = (stage["histograms"].get("bytes_out", {}) for stage in (texts, passed[-1]))
+    last = next((stage for stage in reversed(passed) if "bytes_out" in stage["histograms"]), passed[-1])
+    before, after = (stage["histograms"].get("bytes_out", {}) for stage in (texts, last))
     shown = [histogram("Length of documents, bytes", {f"after {texts['stage']}": before, "at the end": after})]
     for stage in report["stages"]:
         others = {
@@ -186,6 +206,7 @@ def environment() -> jinja2.Environment:
         "duration": duration,
         "in_lines": in_lines,
         "inline_code": inline_code,
+        "machine": machine,
         "plain": plain,
         "quantity": quantity,
         "setting": setting,

@@ -30,6 +30,7 @@ from .near_duplicates import (
     SignDocuments,
 )
 from .perplexity import AssignBucket, MeasureCutoffs, PerplexityArguments, ScorePerplexity
+from .perplexity_model import find_models, only_language
 from .pii import MaskPii, PiiArguments
 from .quality_rules import QualityRuleArguments
 from .reading import ReadArguments, ReadDocuments, check_bad_share
@@ -40,13 +41,14 @@ from .stage import DocumentStage, FolderStage, TalliedStep
 from .tally import Tally
 from .token_files import TokeniseDocuments
 
+CONTAMINATED = "contaminated"  # of the working folder: what `decontamination.found_items` reads
 # What the report says of each stage, in the order in which documents pass.
 WHAT = {
     "read": "Reads the files; what cannot be read is counted and skipped.",
+    "check_reading": "Stops the run where too much could not be read.",
     "extract": "Finds the main text of a page, its title, and the language that it says it is in.",
     "hash_lines": "Hashes every line, for the lines that occur more than once.",
-    "write_extracted": "Writes documents for the phase after the next.",
-    "check_reading": "Stops the run where too much of the input could not be read.",
+    "write_extracted": "Writes documents for the filters.",
     "find_duplicate_lines": "Finds the lines that occur more than once in the whole input.",
     "read_extracted": "Reads them.",
     "line_dedup": "Drops lines that occurred before, and documents of which too little is left.",
@@ -55,54 +57,63 @@ WHAT = {
     "gopher_quality": "Gopher's rules of quality.",
     "gopher_repetition": "Gopher's rules of repetition.",
     "fineweb": "FineWeb's rules of quality.",
+    "code_license": "Drops source code under other licences than those to keep.",
+    "code_quality": "Drops minified and generated code, and data that looks like code.",
+    "code_headers": "Removes notices of licence and copyright from the head of a file.",
+    "latex": "Removes comments, preamble and bibliography of papers, and writes their macros out.",
     "perplexity": "Scores documents by an n-gram model of reference text.",
     "perplexity_cutoffs": "Measures at which perplexities the buckets end.",
-    "code_license": "Keeps source files under the licences that are named.",
-    "code_quality": "Drops source files that people do not read: generated, long lines, few letters.",
-    "code_headers": "Removes the comments at the head of a source file.",
-    "latex": "Keeps a paper from its first section to its bibliography, macros written out.",
     "reference": "Drops what a classifier tells from pages that references point to.",
     "pii": "Masks e-mail and IP addresses.",
     "decontamination": "Drops what shares n-grams with the evaluation sets.",
-    "sign_documents": "Signs every document by MinHash.",
+    "sign_documents": "Computes the MinHash signatures by which near-duplicates are found.",
     "write_filtered": "Writes documents for the last phase.",
-    "find_near_duplicates": "Finds pairs that agree in a band of their signatures.",
-    "cluster_near_duplicates": "Chooses which document of connected pairs stays.",
+    "find_near_duplicates": "Finds pairs of documents with a part of their signatures in common.",
+    "cluster_near_duplicates": "Joins the pairs to groups, of which the first document is kept.",
     "read_filtered": "Reads them.",
     "near_duplicates": "Drops all but one of documents that are nearly the same.",
     "bucket": "Sorts documents into head, middle and tail by their perplexity.",
     "write": "Writes what is left.",
-    "tokenise": "Tokenises the documents.",
-    "plan_mixture": "Settles what each source gives.",
-    "token_shards": "Writes shards of tokens, documents in a random order.",
+    "tokenise": "Turns documents into tokens.",
+    "plan_mixture": "Settles how much each source gives.",
+    "token_shards": "Writes the tokens in a random order of documents.",
 }
 
 
+# A dataclass has the fields of its last base first: `--help` lists them in the order of the stages.
 @dataclass
 class SourceArguments(
-    ReadArguments,
-    ExtractionArguments,
-    LineDedupArguments,
-    LanguageArguments,
-    SourceKindArguments,
-    QualityRuleArguments,
-    CodeArguments,
-    PerplexityArguments,
-    ReferenceArguments,
-    PiiArguments,
-    DecontaminationArguments,
     NearDuplicateArguments,
+    DecontaminationArguments,
+    PiiArguments,
+    ReferenceArguments,
+    PerplexityArguments,
+    CodeArguments,
+    QualityRuleArguments,
+    LanguageArguments,
+    LineDedupArguments,
+    ExtractionArguments,
+    SourceKindArguments,
+    ReadArguments,
 ):
     """All that decides which documents come out of one source; checks of each part are its own."""
 
     def __post_init__(self):
-        for part in type(self).__mro__[1:]:
+        for part in reversed(type(self).__mro__[1:]):
             if "__post_init__" in vars(part):
                 part.__post_init__(self)
+        if self.source_kind != "web" and self.line_dedup != "off":
+            raise ValueError(
+                f"--source_kind {self.source_kind} with --line_dedup {self.line_dedup} would drop lines that many "
+                "files have, such as `}` or `import os`: add --line_dedup off."
+            )
 
 
 def source_phases(arguments: SourceArguments, tasks: list[list[str]], work: Path, documents: Path) -> list[Phase]:
-    """The phases that turn the files of `tasks` into `documents/*.parquet`, with what is in between in `work`."""
+    """The phases that turn the files of `tasks` into `documents/*.parquet`, with what is in between in `work`.
+
+    Cut-offs of perplexity that are measured are written beside `documents`.
+    """
     count = len(tasks)
     extracted, filtered, lines = work / "extracted", work / "filtered", work / "lines"
     dedups_lines = arguments.line_dedup != "off"
@@ -119,8 +130,9 @@ def source_phases(arguments: SourceArguments, tasks: list[list[str]], work: Path
         phases.append(Phase("find_duplicate_lines", [find], arguments.line_dedup_partitions))
         filters.append(DropDuplicateLines(lines, arguments.line_dedup_partitions, arguments.min_document_characters))
     filters += document_filters(arguments, work)
-    writes = [*bucket_stages(arguments, work), ParquetDocuments(documents)]
-    between = global_phases(arguments, count, work)
+    cutoffs = documents.with_name("cutoffs.json")  # stays, for later runs
+    writes = [*bucket_stages(arguments, cutoffs), ParquetDocuments(documents)]
+    between = global_phases(arguments, count, work, cutoffs)
     if not between:
         return [*phases, Phase("filter", [*filters, *writes], count)]
     if arguments.near_duplicates:
@@ -162,11 +174,11 @@ def document_filters(arguments: SourceArguments, work: Path) -> list[DocumentSta
     if arguments.mask_emails or arguments.mask_ips:
         stages.append(MaskPii(arguments))
     if arguments.decontaminate:
-        stages.append(Decontaminate(arguments, work / "contaminated"))
+        stages.append(Decontaminate(arguments, work / CONTAMINATED))
     return stages
 
 
-def global_phases(arguments: SourceArguments, count: int, work: Path) -> list[Phase]:
+def global_phases(arguments: SourceArguments, count: int, work: Path, cutoffs: Path) -> list[Phase]:
     """What needs all documents that the filters left, and comes before they are written."""
     phases = []
     if arguments.near_duplicates:
@@ -176,7 +188,7 @@ def global_phases(arguments: SourceArguments, count: int, work: Path) -> list[Ph
             Phase("cluster_near_duplicates", [ClusterNearDuplicates(folder, count, config)], 1),
         ]
     if measures_cutoffs(arguments):
-        measure = MeasureCutoffs(work / "perplexities", count, arguments.perplexity_percentiles, work / "cutoffs.json")
+        measure = MeasureCutoffs(work / "perplexities", count, arguments.perplexity_percentiles, cutoffs)
         phases.append(Phase("measure_cutoffs", [measure], 1))
     return phases
 
@@ -185,10 +197,11 @@ def measures_cutoffs(arguments: SourceArguments) -> bool:
     return bool(arguments.perplexity_models) and arguments.given_cutoffs() is None
 
 
-def bucket_stages(arguments: SourceArguments, work: Path) -> list[DocumentStage]:
+def bucket_stages(arguments: SourceArguments, cutoffs: Path) -> list[DocumentStage]:
     if not arguments.perplexity_models:
         return []
-    return [AssignBucket(arguments.given_cutoffs() or work / "cutoffs.json", arguments.keep_buckets)]
+    default_language = only_language(find_models(arguments.perplexity_models))
+    return [AssignBucket(arguments.given_cutoffs() or cutoffs, arguments.keep_buckets, default_language)]
 
 
 def describe_stages(phases: list[Phase]) -> list[dict[str, str]]:

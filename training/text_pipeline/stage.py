@@ -10,7 +10,6 @@ from pathlib import Path
 
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
 
 from .tally import Tally
 
@@ -95,16 +94,3 @@ class FolderStage(TalliedStep):
         self.tally.seconds += time.process_time() - started
         self.save_tally(rank)
         return ()
-
-
-class FilterStage(DocumentStage):
-    """One of datatrove's filters, tallied: its reasons are the reasons of the drops."""
-
-    def __init__(self, name: str, datatrove_filter: BaseFilter):
-        self.name = name
-        super().__init__()
-        self.filter = datatrove_filter
-
-    def process(self, document: Document) -> str | None:
-        kept, reason = get_filter_result(self.filter.filter(document))
-        return None if kept else (reason or self.name)

@@ -118,12 +118,22 @@ def read_parquet(path: Path, name: str, text_column: str, tally: Tally) -> Itera
             number = first
             try:
                 for batch in table.iter_batches(ROWS, row_groups=[group]):
-                    for row in batch.to_pylist():
+                    for row in batch_rows(batch):
                         yield from row_document(row, name, number, text_column, tally)
                         number += 1
             except (pa.ArrowException, OSError):
                 tally.bad(name, number, "damaged parquet")
             first += table.metadata.row_group(group).num_rows
+
+
+def batch_rows(batch: pa.RecordBatch) -> list[dict[str, Any] | str]:
+    """The rows; in place of one with a string that is not UTF-8, which parquet does not check, that it is not."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return ["not UTF-8"]
+        return [row for start in range(batch.num_rows) for row in batch_rows(batch.slice(start, 1))]
 
 
 def row_document(row: Any, name: str, offset: int, text_column: str, tally: Tally) -> Iterator[Document]:
