@@ -10,6 +10,7 @@ C4's list of bad words is not included: it is English slang of 2012, and it drop
 from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.filters import (
     C4QualityFilter,
@@ -21,7 +22,7 @@ from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
 from datatrove.utils.text import split_into_words
 
 from .stage import DocumentStage
-from .words import UNPUNCTUATED_WORDS, WORDS
+from .words import UNPUNCTUATED_WORDS, WORDS, n_gram_hashes
 
 # The cheapest first. C4's rules also drop lines, so FineWeb's, which look at the lines, come before.
 RULES = ("fineweb", "c4", "gopher_quality", "gopher_repetition")
@@ -113,9 +114,8 @@ def _filters(name: str) -> dict[str, BaseFilter | None]:
 class RepetitionFilter(GopherRepetitionFilter):
     """datatrove's rule of repeated lines, paragraphs and n-grams, faster.
 
-    n-grams are counted as tuples, not as joined strings; and the walk over a document for repeated n-grams, which is
-    the slow part, is made only where a bound on its outcome does not decide: it can count no position whose n-gram did
-    not occur before, nor more characters at one than n times the longest word.
+    n-grams are first counted by a hash of their words' numbers, in arrays; where what that gives as an upper bound is
+    within a limit, datatrove's slow count is not needed. Hashes that collide only make the bound higher.
     """
 
     def __init__(self, language):
@@ -129,24 +129,44 @@ class RepetitionFilter(GopherRepetitionFilter):
             return result
         characters = len(document.text)
         words = split_into_words(document.text, self.language)
+        numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
+        word_numbers = np.fromiter(map(numbers.__getitem__, words), np.uint64, len(words))
+        # Of all words up to each place.
+        lengths = np.cumsum([0, *map(len, words)])
         for n, limit in self.top_limits:
-            if _top_n_gram_characters(words, n) > limit * characters:
+            bound = _most_top_n_gram_characters(n_gram_hashes(word_numbers, n), lengths, n)
+            if bound > limit * characters and _top_n_gram_characters(words, n) > limit * characters:
                 return False, f"top_{n}_gram"
-        longest = max(map(len, words), default=0)
-        n, _ = self.repeated_limits[0]
-        # No longer n-gram is repeated at more positions than the shortest.
-        repeated = max(len(words) - n + 1, 0) - len(set(_n_grams(words, n)))
+        bound = None
         for n, limit in self.repeated_limits:
-            if (
-                repeated * n * longest > limit * characters
-                and _repeated_n_gram_characters(words, n) > limit * characters
-            ):
+            # What is in repeated n-grams is in shorter repeated ones too: the bound of the shortest holds for all.
+            if bound is None or bound > limit * characters:
+                bound = _characters_in_repeated_n_grams(n_gram_hashes(word_numbers, n), lengths, n)
+            if bound > limit * characters and _repeated_n_gram_characters(words, n) > limit * characters:
                 return False, f"duplicated_{n}_n_grams"
         return True
 
 
-def _n_grams(words: list[str], n: int):
-    return zip(*(words[start:] for start in range(n)), strict=False)
+def _most_top_n_gram_characters(hashes: np.ndarray, lengths: np.ndarray, n: int) -> int:
+    """No less than `_top_n_gram_characters`: the most occurrences of an n-gram, as if they were of the longest."""
+    if not len(hashes):
+        return 0
+    _, counts = np.unique(hashes, return_counts=True)
+    longest = (lengths[n:] - lengths[:-n]).max() + n - 1
+    return int(counts.max() * longest)
+
+
+def _characters_in_repeated_n_grams(hashes: np.ndarray, lengths: np.ndarray, n: int) -> int:
+    """No less than `_repeated_n_gram_characters`: all that is in an n-gram that occurred before."""
+    _, first = np.unique(hashes, return_index=True)
+    if len(first) == len(hashes):
+        return 0
+    repeated = np.ones(len(hashes), bool)
+    repeated[first] = False
+    starts = np.flatnonzero(repeated)
+    # Where the next one begins before the end of this, it is counted up to there.
+    ends = np.minimum(starts + n, np.append(starts[1:], len(lengths)))
+    return int((lengths[ends] - lengths[starts]).sum())
 
 
 def _top_n_gram_characters(words: list[str], n: int) -> int:
@@ -172,3 +192,7 @@ def _repeated_n_gram_characters(words: list[str], n: int) -> int:
             seen.add(n_gram)
             start += 1
     return characters
+
+
+def _n_grams(words: list[str], n: int):
+    return zip(*(words[start:] for start in range(n)), strict=False)

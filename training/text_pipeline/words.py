@@ -4,11 +4,14 @@ A word is a run of letters, digits and marks, a single ideograph or kana (their 
 punctuation character. A sentence ends at `.`, `!`, `?`, their full-width forms or a line break.
 """
 
+import numpy as np
 import regex
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]|[^\W\p{Han}\p{Hiragana}\p{Katakana}]+(?:['’]\w+)*|[^\w\s]")
 SENTENCE = regex.compile(r"[^\s.!?。！？][^\n.!?。！？]*(?:[.!?](?!\s|$)[^\n.!?。！？]*)*[.!?。！？]*[\"'”’)\]]*")
+# An n-gram's hash is the sum of its words' hashes, each times the odd number of its place.
+PLACES = np.random.default_rng(13).integers(2**64, size=100, dtype=np.uint64) | np.uint64(1)
 
 
 class RegexWordTokenizer(WordTokenizer):
@@ -33,3 +36,12 @@ class UnpunctuatedWordTokenizer(RegexWordTokenizer):
 
 WORDS = RegexWordTokenizer()
 UNPUNCTUATED_WORDS = UnpunctuatedWordTokenizer()
+
+
+def n_gram_hashes(words: np.ndarray, n: int) -> np.ndarray:
+    """(words,) hashes of words to (words - n + 1,) hashes of n-grams, none where there are fewer than n words."""
+    places = max(len(words) - n + 1, 0)
+    hashes = np.zeros(places, np.uint64)
+    for place in range(n):
+        hashes += words[place : place + places] * PLACES[place]
+    return hashes
