@@ -6,6 +6,7 @@ punctuation character. A sentence ends at `.`, `!`, `?`, their full-width forms 
 
 import numpy as np
 import regex
+from datatrove.utils.text import split_into_words
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]|[^\W\p{Han}\p{Hiragana}\p{Katakana}]+(?:['’]\w+)*|[^\w\s]")
@@ -31,7 +32,8 @@ class UnpunctuatedWordTokenizer(RegexWordTokenizer):
     """The same words without the punctuation: where a share of all words is asked, or the same words differ in it."""
 
     def word_tokenize(self, text: str) -> list[str]:
-        return [word for word in WORD.findall(text) if word[0].isalnum()]
+        # datatrove keeps the words of the last texts.
+        return [word for word in split_into_words(text, WORDS) if word[0].isalnum()]
 
 
 WORDS = RegexWordTokenizer()
