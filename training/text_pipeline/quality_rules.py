@@ -27,6 +27,7 @@ from .words import UNPUNCTUATED_WORDS, WORDS, n_gram_hashes
 # The cheapest first. C4's rules also drop lines, so FineWeb's, which look at the lines, come before.
 RULES = ("fineweb", "c4", "gopher_quality", "gopher_repetition")
 TOO_LONG_WORD = 1000  # characters: datatrove's default, as in the code of C4
+FULL_WIDTH_ONE = "\uff11"  # which datatrove takes for a symbol, as CCNet does
 # Languages, named as fastText's lid.176 names them, without a space between words: what `words` finds in them are not
 # words, so neither their lengths nor their n-grams mean what the rules mean.
 WITHOUT_SPACES = frozenset({"bo", "dz", "ja", "km", "lo", "my", "th", "wuu", "yue", "zh"})
@@ -129,6 +130,8 @@ class QualityFilter(GopherQualityFilter):
 
     def filter(self, document: Document) -> bool | tuple[bool, str]:
         text = document.text
+        if FULL_WIDTH_ONE in text:
+            return super().filter(document)
         words = split_into_words(text, self.language)
         if len(words) < self.min_doc_words:
             return False, "gopher_short_doc"
