@@ -5,7 +5,9 @@ read through here first, by the layout that fastText's `saveModel` has written s
 12): header, dictionary, input matrix, output matrix, each plain or quantised, and nothing behind.
 """
 
+import itertools
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,9 @@ from typing import Any
 MAGIC, VERSIONS = 793712314, (11, 12)
 SUPERVISED = 3  # fastText's `model_name`
 LABEL = "__label__"
+DICTIONARY_ENTRY = re.compile(
+    rb"([^\0]*)\0.{8}(.)", re.DOTALL
+)  # its name, its count, and 0 for a word or 1 for a label
 CENTROIDS = 256  # of a product quantiser, each a vector of the matrix's width
 
 
@@ -112,25 +117,26 @@ class _Reader:
             raise Truncated
         return start
 
-    def string(self) -> bytes:
-        end = self.content.find(b"\0", self.position)
-        if end < 0:
+    def labels(self, entries: int) -> list[bytes]:
+        """Passes over a dictionary of so many entries, maybe millions, and returns those that are labels."""
+        labels, found = [], 0
+        for entry in itertools.islice(DICTIONARY_ENTRY.finditer(self.content, self.position), entries):
+            found += 1
+            if entry[2] != b"\0":
+                _expect(entry[2] == b"\1", "an entry of its dictionary is neither word nor label")
+                labels.append(entry[1])
+        if found < entries:
             raise Truncated
-        start, self.position = self.position, end + 1
-        return self.content[start:end]
+        if found:
+            self.position = entry.end()
+        return labels
 
 
 def _read_model(reader: _Reader) -> ModelFile:
     dimension, _, _, _, _, _, _, model, buckets, _, _, _, _ = reader.take("12id")
     entries, words, labels, _, pruned = reader.take("3i2q")
     _expect(min(dimension, entries, words, labels, buckets) >= 0 and words + labels == entries, "its counts disagree")
-    names = []
-    for _ in range(entries):
-        name = reader.string()
-        _, kind = reader.take("qb")
-        _expect(kind in (0, 1), "an entry of its dictionary is neither word nor label")
-        if kind:
-            names.append(name.decode("utf-8").removeprefix(LABEL))
+    names = [name.decode("utf-8").removeprefix(LABEL) for name in reader.labels(entries)]
     _expect(len(names) == labels, "its counts disagree")
     reader.skip(8 * max(pruned, 0))
     (quantised,) = reader.take("?")
