@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .PHONY: quickstart quickstart-language quickstart-chat quickstart-reasoning quickstart-vision demo-vision demo-r1 \
-	demo-r1-report test test-slow llama-cpp kenlm lint format clean
+	demo-r1-report demo-text test test-slow llama-cpp kenlm lint format clean
 
 quickstart: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m training.quickstart
@@ -24,6 +24,11 @@ demo-r1: $(INSTALLED)
 # The same with three seeds and 1,000 problems.
 demo-r1-report: $(INSTALLED)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m training.r1 --config training/recipes/llama_style/r1_demo/report.yaml
+
+# Clean English text out of the small crawl, and the report of what was dropped; about a minute.
+demo-text: $(INSTALLED)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m training.train_language_id --config training/recipes/text_pipeline/language_id_quickstart.yaml
+	HF_HUB_OFFLINE=1 $(BIN)/python -m training.prepare_text --config training/recipes/text_pipeline/quickstart.yaml
 
 # A process a core; the tests of a file stay together, since they share what a fixture has trained.
 test: $(INSTALLED)

@@ -10,7 +10,7 @@ import pytest
 from datatrove.data import Document
 
 from training.text_pipeline.document_files import DocumentReader, DocumentWriter, read_documents
-from training.text_pipeline.execution import ExecutionArguments, Phase, prepare_process, run_phases
+from training.text_pipeline.execution import ExecutionArguments, Phase, run_phases
 from training.text_pipeline.line_dedup import (
     DropDuplicateLines,
     FindDuplicateLines,
@@ -19,6 +19,7 @@ from training.text_pipeline.line_dedup import (
     line_hashes,
     normalised_lines,
 )
+from training.text_pipeline.local_executor import prepare_process
 
 # Lines that are equal to others when normalised, or empty.
 LINES = [

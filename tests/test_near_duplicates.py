@@ -11,7 +11,8 @@ from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignatur
 from datatrove.utils.hashing import HashConfig
 
 from training.text_pipeline.document_files import DocumentReader, DocumentWriter, read_documents
-from training.text_pipeline.execution import ExecutionArguments, Phase, prepare_process, run_phases
+from training.text_pipeline.execution import ExecutionArguments, Phase, run_phases
+from training.text_pipeline.local_executor import prepare_process
 from training.text_pipeline.near_duplicates import (
     ClusterNearDuplicates,
     DropNearDuplicates,

@@ -7,12 +7,13 @@ import re
 import pyarrow.parquet as pq
 import pytest
 from datatrove.data import Document
-from datatrove.pipeline.filters import GopherRepetitionFilter
+from datatrove.pipeline.filters import C4QualityFilter, GopherQualityFilter, GopherRepetitionFilter
 from datatrove.pipeline.filters.base_filter import get_filter_result
+from datatrove.utils.text import PUNCTUATION_SET
 
 from training.dataset_source import SAMPLE_DATA
 from training.text_pipeline.quality_rules import RULES, QualityRule, QualityRuleArguments, quality_rules
-from training.text_pipeline.words import WORDS
+from training.text_pipeline.words import UNPUNCTUATED_WORDS, WORDS
 
 DEFAULT_STAGES = quality_rules(QualityRuleArguments())
 
@@ -108,6 +109,54 @@ def test_repetition_equals_datatrove(pages):
     results = [get_filter_result(ours.filter(Document(text=text, id=""))) for text in texts]
     assert results == [get_filter_result(reference.filter(Document(text=text, id=""))) for text in texts]
     assert len({reason for _, reason in results}) > 6
+
+
+def test_quality_equals_datatrove(pages):
+    """On clean pages, and on some that cross each limit."""
+    texts = [*pages[:25], "word " * 49, "the and of ab " * 25_001, "a the of " * 40, "½²³ 1a _b " * 60, "\uff11 the and " * 30]
+    for page in pages[:5]:
+        words = page.split()
+        texts += [
+            page + " #" * len(words),
+            " ... ".join(words),
+            "…".join(words),
+            "".join(f" - {word} the be of have\n" for word in words),
+            "".join(f"{word} the be of have and that makes these lines longer ...\n" for word in words),
+            "".join(f" {word} 1234" for word in words),
+            "".join(f" {word}" * 3 for word in words if len(word) > 5),
+            "".join(words),
+            " ".join("pneumonoultramicroscopic" + word for word in words),
+        ]
+    reference = GopherQualityFilter(language=UNPUNCTUATED_WORDS)
+    ours = QualityRule("gopher_quality").filters["english"]
+    results = [get_filter_result(ours.filter(Document(text=text, id=""))) for text in texts]
+    assert results == [get_filter_result(reference.filter(Document(text=text, id=""))) for text in texts]
+    assert len({reason for _, reason in results}) == 11  # all, and None
+    # What lets a word that begins with a letter or a digit be none of datatrove's symbols.
+    assert [character for character in PUNCTUATION_SET if character.isalnum()] == ["\uff11"]
+
+
+def test_c4_equals_datatrove(pages):
+    generator = random.Random(0)
+    planted = ["x" * 1001 + " is a long word.", "y" * 1000 + " is not one.", "Only two.", "Without a full stop"]
+    planted += [
+        "We use cookies on this page.",
+        "Switch on Javascript to see this.",
+        "Lorem ipsum dolor sit amet.",
+        "{ } ;.",
+    ]
+    texts = ["x" * 1001 + " is a long word.\nAnd this is not. Nor this."]
+    for page in pages[:40]:
+        lines = page.split("\n") + generator.sample(planted, 2)
+        texts.append("\u2028".join(generator.sample(lines, len(lines))))
+    documents = [[Document(text=text, id="") for text in texts] for _ in range(2)]
+    rules = [QualityRule("c4").filters["english"], C4QualityFilter(language=WORDS)]
+    ours, reference = (
+        [(*get_filter_result(rule.filter(document)), document.text) for document in copies]
+        for rule, copies in zip(rules, documents, strict=True)
+    )
+    assert ours == reference
+    assert len({reason for _, reason, _ in ours}) > 2
 
 
 @pytest.mark.parametrize("language", ["en", "fr", "hi", "zh"])

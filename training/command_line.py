@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import yaml
-from trl.scripts.utils import TrlParser
 
 RECIPE_HELP = (
     "--config FILE.yaml reads any of the fields below from a recipe, and environment variables from its key `env`; "
@@ -27,6 +26,8 @@ def parse_arguments(*dataclass_types: type, description: str = "") -> tuple[Any,
         FileNotFoundError: no such recipe.
         ValueError: a recipe that is no YAML mapping, or a field that no dataclass has, in the recipe or outside.
     """
+    from trl.scripts.utils import TrlParser  # imports torch, which workers that import a command's module do without
+
     # TrlParser takes the recipe only as a word of its own, and its field names only as they are spelt.
     words = [part for word in sys.argv[1:] for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     recipe = words[words.index("--config") + 1 :][:1] if "--config" in words else ["(no recipe)"]

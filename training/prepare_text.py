@@ -19,6 +19,7 @@ after an interruption, or says that the data is finished. The stages are in `tra
 import hashlib
 import json
 import shutil
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ import yaml
 
 from .command_line import parse_arguments, plain_errors
 from .run_record import RunRecord, portable
-from .text_pipeline.execution import ExecutionArguments, Phase, PhaseError, prepare_process, run_phases
+from .text_pipeline.execution import ExecutionArguments, Phase, PhaseError, run_phases
 from .text_pipeline.language_id import check_language_model
+from .text_pipeline.local_executor import prepare_process
 from .text_pipeline.mixture_inputs import (
     MixArguments,
     document_phases,
@@ -55,7 +57,7 @@ class OutputArguments:
 
 PARTS = (SourceArguments, MixArguments, OutputArguments)
 # What changes nothing in what is written, and so may be another at each start.
-HOW = {item.name for item in fields(ExecutionArguments)} | {"keep_work"}
+HOW = {item.name for item in fields(ExecutionArguments)} | {"keep_work", "max_bad_share"}
 PLACE = {"output_dir", "config", "processes"}
 
 
@@ -143,8 +145,10 @@ def prepare(asked: Preparation) -> None:
     phases.append(Phase("report", [report], 1))
     for step in (step for phase in phases for step in phase.steps):
         step.tally_folder = asked.work / TALLIES
-    run_phases(phases, asked.execution, asked.work / LOGS)
-    finish(asked, record)
+    if run_phases(phases, asked.execution, asked.work / LOGS):
+        finish(asked, record)
+    else:
+        print(f"Submitted. The last job writes {asked.folder / 'report.html'}; the same command then closes the run.")
 
 
 def prepare_sources(asked: Preparation) -> None:
@@ -204,10 +208,9 @@ def model_note(folder: Path) -> str:
 
 
 def finish(asked: Preparation, record: RunRecord) -> None:
-    """What is left to do when all tasks are done, or submitted."""
-    if asked.execution.executor == "slurm":
-        print(f"Submitted. The last job writes {asked.folder / 'report.html'}; the same command then closes the run.")
-        return
+    """What is left to do when all tasks are done."""
+    for partial in asked.folder.rglob(".*.partial"):  # of a process that was killed
+        partial.unlink()
     if not asked.output.keep_work:
         for entry in asked.work.iterdir():
             if entry.name not in (TALLIES, LOGS, CONTAMINATED):
@@ -228,7 +231,11 @@ def main() -> None:
         )
         prepare_process()
     with plain_errors(ValueError, OSError, ImportError, PhaseError):
-        prepare(Preparation(*parts, given))
+        try:
+            prepare(Preparation(*parts, given))
+        except KeyboardInterrupt:
+            print("Stopped: the same command goes on.", file=sys.stderr)
+            sys.exit(130)  # as a shell reports Ctrl-C
 
 
 if __name__ == "__main__":

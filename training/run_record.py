@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 try:
     import fcntl
@@ -230,6 +229,8 @@ def git_revision() -> str | None:
 
 def hardware(on_cpu: bool) -> dict[str, Any]:
     """Processor, cores that this process may use, memory in GiB, and the accelerators that it may use."""
+    import torch  # seconds, which workers that import a command's module have no use for
+
     names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),

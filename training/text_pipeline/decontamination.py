@@ -28,14 +28,12 @@ from datatrove.data import Document
 
 from .stage import DocumentStage
 from .tally import replace_file
-from .words import UNPUNCTUATED_WORDS
+from .words import PLACES, UNPUNCTUATED_WORDS, n_gram_hashes
 
 SHORTEST = 8  # words: GPT-3's least n
 SUFFIXES = (".jsonl", ".parquet", ".txt")
 
 KNOWN_WORDS = 1_000_000  # hashes of so many words are remembered: some 150 MB
-# An n-gram's hash is the sum of its words' hashes, each times the odd number of its place.
-PLACES = np.random.default_rng(13).integers(2**64, size=100, dtype=np.uint64) | np.uint64(1)
 
 
 @dataclass
@@ -180,15 +178,6 @@ class WordHashes(dict):
     def of(self, words: list[str]) -> np.ndarray:
         """(words,) of uint64."""
         return np.fromiter(map(self.__getitem__, words), np.uint64, len(words))
-
-
-def n_gram_hashes(words: np.ndarray, n: int) -> np.ndarray:
-    """(words,) hashes of words to (words - n + 1,) hashes of n-grams, none where there are fewer than n words."""
-    places = max(len(words) - n + 1, 0)
-    hashes = np.zeros(places, np.uint64)
-    for place in range(n):
-        hashes += words[place : place + places] * PLACES[place]
-    return hashes
 
 
 def ngram_indexes(

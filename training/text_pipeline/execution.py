@@ -6,21 +6,25 @@ there are depends on the input alone, so neither the number of workers nor an in
 """
 
 import contextlib
-import ctypes
+import math
 import os
-import signal
-import sys
+import re
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import multiprocess
-from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-PR_SET_PDEATHSIG = 1  # of Linux' prctl
+from .local_executor import LocalExecutor
+from .ray_executor import RayExecutor, connect_to_ray
+from .slurm_executor import SlurmExecutor, check_no_job_left, save_jobs
+
+# A line that a traceback ends with; datatrove's own lines begin with a date.
+ERROR_LINE = re.compile(r"[A-Za-z_][\w.]*: (?P<message>.+)")
 
 
 @dataclass
@@ -30,12 +34,18 @@ class ExecutionArguments:
         default=0, metadata={"help": "Tasks that run at the same time; 0 for one a core (local), or no limit."}
     )
     slurm_partition: str | None = field(default=None, metadata={"help": "Slurm partition to submit to."})
-    slurm_time: str = field(default="10:00:00", metadata={"help": "Slurm time limit of a task."})
+    slurm_time: str = field(
+        default="10:00:00",
+        metadata={"help": "Slurm time limit of a job: of a task, or of N for N * 1001 tasks, of which it runs N."},
+    )
     slurm_qos: str | None = field(
         default=None, metadata={"help": "Slurm quality of service, where the cluster asks one."}
     )
     slurm_environment: str | None = field(
-        default=None, metadata={"help": "Shell command that a Slurm job begins with: `source .venv/bin/activate`."}
+        default=None,
+        metadata={
+            "help": "Shell command that a Slurm job begins with, such as `module load gcc`. Jobs run this Python."
+        },
     )
     memory_per_task: int = field(default=4, metadata={"help": "Memory that a task on Slurm or Ray is given, in GB."})
     cores_per_task: int = field(default=1, metadata={"help": "Cores that a task on Slurm or Ray is given."})
@@ -47,6 +57,9 @@ class ExecutionArguments:
             raise ValueError("--executor slurm needs --slurm_partition: `sinfo` lists the cluster's.")
         if self.workers < 0:
             raise ValueError(f"--workers is {self.workers}: give 1 or more, or 0 for one a core.")
+        for name in ("memory_per_task", "cores_per_task"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}: give 1 or more.")
 
 
 @dataclass
@@ -60,102 +73,108 @@ class PhaseError(RuntimeError):
     """A task failed: in one sentence, with the place of its log, which has the traceback."""
 
 
-def run_phases(phases: list[Phase], arguments: ExecutionArguments, logs: Path) -> None:
-    """Runs what is not done yet. With Slurm, submits the jobs, each waiting for the one before, and returns.
+def run_phases(phases: list[Phase], arguments: ExecutionArguments, logs: Path) -> bool:
+    """Runs what is not done yet, and returns whether all is done by then.
 
-    Raises PhaseError where a task failed; what is done by then stays done.
+    With Slurm, submits the jobs, each waiting for the one before, and returns False unless there were none to submit.
+
+    Raises:
+        PhaseError: a task failed; what is done by then stays done.
+        ValueError: jobs of an earlier start are on Slurm still.
+        ImportError: there is no Ray.
     """
-    if arguments.executor == "local":
-        for phase in phases:
-            try:
-                _run_here(phase, arguments.workers, logs)
-            except Exception as error:
-                raise PhaseError(
-                    f"{phase.name} failed: {error} (its tasks' logs: {logs / phase.name / 'logs'})"
-                ) from error
-        return
-    executor = None
+    if arguments.executor == "slurm":
+        return _submit_phases(phases, arguments, logs)
+    if arguments.executor == "ray":
+        connect_to_ray()
     for phase in phases:
-        executor = _cluster_executor(phase, arguments, logs, executor)
-    executor.run()
+        with _quiet():
+            executor = _executor(phase, arguments, logs / phase.name)
+        missing = executor.get_incomplete_ranks()
+        if not missing:
+            continue
+        print(
+            f"{phase.name}: {len(missing)} of {phase.tasks} tasks, {min(executor.workers, len(missing))} at a time",
+            flush=True,
+        )
+        started = time.monotonic()
+        try:
+            with _quiet():
+                executor.run()
+        except Exception as error:
+            raise PhaseError(f"{phase.name} failed: {error} (its tasks' logs: {logs / phase.name / 'logs'})") from error
+        if left := executor.get_incomplete_ranks():
+            raise PhaseError(f"{phase.name} failed: {_last_words(left[0], logs / phase.name)}")
+        print(f"{phase.name}: {time.monotonic() - started:.1f} s", flush=True)
+    return True
 
 
-class LocalExecutor(LocalPipelineExecutor):
-    """datatrove's, whose tasks end with the driver, and tell what they do in their log files only."""
-
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1):
-        if multiprocess.parent_process() is not None:
-            die_with_parent()
-        # An error is raised in the driver too.
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            try:
-                return super()._run_for_rank(rank, local_rank, node_rank)
-            finally:
-                logger.remove()  # it goes on writing to what is closed by then
-
-
-def _run_here(phase: Phase, workers: int, logs: Path) -> None:
-    workers = min(workers or len(os.sched_getaffinity(0)), phase.tasks)
-    executor = LocalExecutor(phase.steps, tasks=phase.tasks, workers=workers, logging_dir=str(logs / phase.name))
-    missing = len(executor.get_incomplete_ranks())
-    if not missing:
-        return
-    started = time.monotonic()
-    print(f"{phase.name}: {missing} of {phase.tasks} tasks, {workers} at a time", flush=True)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), _unknown_main_module():
-        logger.remove()
-        executor.run()
-    print(f"{phase.name}: {time.monotonic() - started:.1f} s", flush=True)
-
-
-@contextlib.contextmanager
-def _unknown_main_module() -> Iterator[None]:
-    """Workers import the main module before anything else: a command's would bring torch and TRL, of no use to them."""
-    main = sys.modules["__main__"]
-    known = {name: vars(main)[name] for name in ("__spec__", "__file__") if name in vars(main)}
-    main.__spec__ = None
-    vars(main).pop("__file__", None)
-    try:
-        yield
-    finally:
-        vars(main).update(known)
-
-
-def prepare_process() -> None:
-    """Settings of the driver's process, for all that it starts."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker is one core
-    # What this process forks, such as the manager of datatrove's queue, must not outlive it: it would keep the lock of
-    # the output folder.
-    os.register_at_fork(after_in_child=die_with_parent)
-    # pyarrow imports pandas at the first table that it is asked for: once for all workers.
-    multiprocess.set_forkserver_preload(["pandas", "training.text_pipeline.source_phases"])
-
-
-def die_with_parent() -> None:
-    """A task must not go on writing after `kill -9` of the driver: it would be run again beside it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _cluster_executor(phase: Phase, arguments: ExecutionArguments, logs: Path, depends):
-    options = {
-        "tasks": phase.tasks,
+def _executor(phase: Phase, arguments: ExecutionArguments, logs: Path) -> PipelineExecutor:
+    options = {"tasks": phase.tasks, "logging_dir": str(logs)}
+    if arguments.executor == "local":
+        workers = min(arguments.workers or len(os.sched_getaffinity(0)), phase.tasks)
+        return LocalExecutor(phase.steps, workers=workers, **options)
+    options |= {
         "workers": arguments.workers or -1,
-        "logging_dir": str(logs / phase.name),
-        "depends": depends,
         "cpus_per_task": arguments.cores_per_task,
+        "mem_per_cpu_gb": math.ceil(arguments.memory_per_task / arguments.cores_per_task),
     }
     if arguments.executor == "ray":
-        return RayPipelineExecutor(phase.steps, mem_per_cpu_gb=arguments.memory_per_task, **options)
-    return SlurmPipelineExecutor(
+        return RayExecutor(phase.steps, **options)
+    return SlurmExecutor(
         phase.steps,
         time=arguments.slurm_time,
         partition=arguments.slurm_partition,
         qos=arguments.slurm_qos,
         env_command=arguments.slurm_environment,
-        mem_per_cpu_gb=arguments.memory_per_task,
         job_name=phase.name,
-        slurm_logs_folder=str(logs / phase.name / "slurm"),
-        mail_type="NONE",
         **options,
     )
+
+
+def _submit_phases(phases: list[Phase], arguments: ExecutionArguments, logs: Path) -> bool:
+    check_no_job_left(logs)
+    jobs: list[str] = []
+    for phase in phases:
+        folder = logs / phase.name
+        executor = _executor(phase, arguments, folder)
+        missing = executor.get_incomplete_ranks()
+        if not missing:
+            continue
+        if failed := [rank for rank in missing if _log_file(rank, folder).exists()]:
+            print(f"{phase.name}: {_last_words(failed[0], folder)}", flush=True)
+        if jobs:
+            executor.depends_job_id = jobs[-1]
+        try:
+            with _quiet():
+                executor.launch_job()
+        except subprocess.CalledProcessError as error:
+            raise PhaseError(
+                f"Slurm takes no job for {phase.name}, for the reason that `sbatch` gives: mend the --slurm_ field."
+            ) from error
+        jobs.append(executor.job_id)
+        save_jobs(jobs, logs)
+        print(f"{phase.name}: job {executor.job_id}, {len(missing)} of {phase.tasks} tasks", flush=True)
+    return not jobs
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps datatrove's log from the terminal: what is of use in it is in the log files and in what is raised."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        logger.remove()
+        yield
+
+
+def _log_file(rank: int, logs: Path) -> Path:
+    return logs / "logs" / f"task_{rank:05d}.log"
+
+
+def _last_words(rank: int, logs: Path) -> str:
+    """How a task ended that is not done, by its log."""
+    file = _log_file(rank, logs)
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    if error := ERROR_LINE.match(last):
+        return f"task {rank} ended with: {error['message']} (its log: {file})"
+    return f"task {rank} was killed, as for too little memory or time (its log: {file})"

@@ -9,6 +9,7 @@ of a tag's attributes; pages beyond what a browser shows are dropped.
 import codecs
 import logging
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from datatrove.data import Document
@@ -86,10 +87,23 @@ class ExtractText(DocumentStage):
 
 
 def has_too_many_attributes(html: str) -> bool:
-    # A long tag may also be an image as a data URL, which has no white space.
-    long = (part for part in html.split(">") if len(part) > 2 * MAX_ATTRIBUTES)
-    tags = (part[tag.start() :] for part in long if (tag := TAG.search(part)))
+    tags = (part[tag.start() :] for part in long_parts(html) if (tag := TAG.search(part)))
     return any(len(tag.split()) > MAX_ATTRIBUTES for tag in tags)
+
+
+def long_parts(html: str) -> Iterator[str]:
+    """What is between one > and the next, where it is long enough for that many attributes.
+
+    A long one may also be an image as a data URL, which has no white space.
+    """
+    length, start = 2 * MAX_ATTRIBUTES + 1, 0
+    while start + length <= len(html):
+        end = html.rfind(">", start, start + length)
+        if end < 0:
+            end = html.find(">", start + length)
+            end = len(html) if end < 0 else end
+            yield html[start:end]
+        start = end + 1
 
 
 def decode_page(raw: bytes, http_charset: str | None) -> str | None:

@@ -4,11 +4,15 @@ A word is a run of letters, digits and marks, a single ideograph or kana (their 
 punctuation character. A sentence ends at `.`, `!`, `?`, their full-width forms or a line break.
 """
 
+import numpy as np
 import regex
+from datatrove.utils.text import split_into_words
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 WORD = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}]|[^\W\p{Han}\p{Hiragana}\p{Katakana}]+(?:['’]\w+)*|[^\w\s]")
 SENTENCE = regex.compile(r"[^\s.!?。！？][^\n.!?。！？]*(?:[.!?](?!\s|$)[^\n.!?。！？]*)*[.!?。！？]*[\"'”’)\]]*")
+# An n-gram's hash is the sum of its words' hashes, each times the odd number of its place.
+PLACES = np.random.default_rng(13).integers(2**64, size=100, dtype=np.uint64) | np.uint64(1)
 
 
 class RegexWordTokenizer(WordTokenizer):
@@ -28,8 +32,18 @@ class UnpunctuatedWordTokenizer(RegexWordTokenizer):
     """The same words without the punctuation: where a share of all words is asked, or the same words differ in it."""
 
     def word_tokenize(self, text: str) -> list[str]:
-        return [word for word in WORD.findall(text) if word[0].isalnum()]
+        # datatrove keeps the words of the last texts.
+        return [word for word in split_into_words(text, WORDS) if word[0].isalnum()]
 
 
 WORDS = RegexWordTokenizer()
 UNPUNCTUATED_WORDS = UnpunctuatedWordTokenizer()
+
+
+def n_gram_hashes(words: np.ndarray, n: int) -> np.ndarray:
+    """(words,) hashes of words to (words - n + 1,) hashes of n-grams, none where there are fewer than n words."""
+    places = max(len(words) - n + 1, 0)
+    hashes = np.zeros(places, np.uint64)
+    for place in range(n):
+        hashes += words[place : place + places] * PLACES[place]
+    return hashes
