@@ -9,7 +9,9 @@ What a command needs is made first, by the documented command that makes it. A c
 import itertools
 import json
 import re
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -29,11 +31,20 @@ NEEDS_REGISTRY = "needs a package registry"
 MEASURES = "measures for minutes on a quiet machine; benchmarks/results has what it found"
 ELSEWHERE = "is run by a test of its own"
 OWN_INSTALLATION = "needs an installation of its own"
+NEEDS_DATA = "is for data that cannot be had here"
 # A command, or the beginning of several -> why it is not run here.
 NOT_RUN = {
     "make quickstart": LONG,
     "make demo-vision": LONG,
     "make demo-r1": LONG,
+    "make demo-text": "is two commands that are run here",
+    "make kenlm": NEEDS_REGISTRY,
+    "python -m training.train_perplexity_model": f"{ELSEWHERE}, test_perplexity.py, where KenLM is",
+    "python -m training.train_reference_classifier --config": NEEDS_DATA,
+    "python -m training.text_pipeline.cited_urls": f"{ELSEWHERE}, test_reference_classifier.py",
+    "python -m training.prepare_text --config training/recipes/text_pipeline/llama_mixture.yaml": NEEDS_DATA,
+    "python -m training.prepare_text --config training/recipes/text_pipeline/web_": f"{ELSEWHERE}, test_text_cluster.py",
+    "python -m training.crawl": f"{ELSEWHERE}, test_crawl.py, against a site of its own",
     "make test": WHOLE_SUITE,
     "make lint": WHOLE_SUITE,
     "make llama-cpp": NEEDS_REGISTRY,
@@ -82,6 +93,8 @@ CUTS = {
     "training.collect": "--num_problems 3 --max_new_tokens 40 --test_share 0.34",
     "training.evaluate": "--limit 3 --max_new_tokens 4",
     "training.chat": "--max_new_tokens 4",
+    "training.train_language_id": "--buckets 2000 --epochs 2",
+    "training.train_reference_classifier": "--max_documents 100",
 }
 # Of the samples, and of what the commands make, a part.
 SPLITS = {
@@ -95,6 +108,12 @@ SPLITS = {
 # What stands for a placeholder, by the module that reads it and by the command.
 PLACEHOLDERS = {
     "training.pretrain_lm": {"FOLDER": "runs/quickstart/language_model"},
+    "training.prepare_text": {
+        "crawl/*.warc.gz": "training/sample_data/small_crawl/*.warc.gz",
+        "lid.176.bin": "runs/text_quickstart/language_id/language_id.bin",
+    },
+    "training.train_language_id": {"FOLDER": "languages"},
+    "training.train_reference_classifier": {"data/cited_pages": "wikipedia_leads", "data/random_pages": "texts.jsonl"},
     "training.pretrain_fcmae": {"FOLDER": "images"},
     "training.finetune_classifier": {"FOLDER": "images"},
     "training.sft": {"FOLDER": "runs/quickstart/language_model"},
@@ -190,8 +209,9 @@ class Workshop:
         words, output = self.words[command], self._output(command)
         values = [value if isinstance(value, list) else [value] for value in self._recipe(words).values()]
         for path in [*words, *itertools.chain(*values)]:
-            if isinstance(path, str) and path in self.maker and path != output:
-                self.make(path)
+            for made in (path, str(Path(path).parent)) if isinstance(path, str) else ():
+                if made in self.maker and made != output:
+                    self.make(made)
         if output and self.maker[output] != command:  # it has been made in another way
             words = [*words, "--output_dir", f"{output}_{len(self.done)}"]
         elif not output and command.module in CUTS and "--eval_steps" in words:  # the default's folder, of several
@@ -212,6 +232,12 @@ class Workshop:
         problems += [{"question": f"What is {number}+2?", "answer": str(number + 2)} for number in range(10, 50)]
         self._write_rows("problems.jsonl", problems)
         self._write_rows("questions.jsonl", [{"prompt": "What is 2+3?", "answer": "5"}])
+        (self.folder / "languages").mkdir()
+        rows = pq.read_table(ROOT / "training/sample_data/small_crawl_labels/languages.parquet").to_pylist()
+        self._write_rows("texts.jsonl", [{"text": row["text"], "lang": row["language"]} for row in rows])
+        for language in ("en", "fr"):
+            texts = "\n\n".join(row["text"] for row in rows if row["language"] == language)
+            (self.folder / "languages" / f"{language}.txt").write_text(texts, encoding="utf-8")
         for number in range(48):
             split, kind = "test" if number % 6 == 0 else "train", ("cats", "dogs")[number % 2]
             file = self.folder / "images" / split / kind / f"{number}.png"

@@ -32,6 +32,7 @@ from training.text_pipeline.perplexity import (
     MeasureCutoffs,
     PerplexityArguments,
     ScorePerplexity,
+    check_perplexity,
     choose_bucket,
     read_cutoffs,
     scores_file,
@@ -162,7 +163,7 @@ def test_files_that_are_no_models_are_named(models, tmp_path):
 def test_without_kenlm_the_mend_is_told(models, monkeypatch):
     monkeypatch.setitem(sys.modules, "kenlm", None)
     with pytest.raises(ImportError, match="make kenlm"):
-        PerplexityArguments(perplexity_models=str(models))
+        check_perplexity(PerplexityArguments(perplexity_models=str(models)))
 
 
 # Cut-offs and buckets
@@ -263,7 +264,7 @@ def test_tables_that_cannot_be_used_are_refused(tmp_path, name, content, message
 )
 def test_options_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        PerplexityArguments(**options)
+        check_perplexity(PerplexityArguments(**options))
 
 
 def test_options_come_from_recipes_and_the_command_line(tmp_path, monkeypatch):
@@ -285,7 +286,9 @@ def test_a_run_without_scores_has_no_cutoffs_and_one_bucket(tmp_path):
     given = [Document(text="", id="x", metadata={"language": "fr"}), Document(text="", id="y", metadata={})]
     assert [document.metadata["bucket"] for document in assign.run(given)] == ["all"] * 2
     with pytest.raises(ValueError, match="holds no cut-offs"):
-        PerplexityArguments(perplexity_models=str(tmp_path), perplexity_cutoffs=str(tmp_path / "cutoffs.json"))
+        PerplexityArguments(
+            perplexity_models="models", perplexity_cutoffs=str(tmp_path / "cutoffs.json")
+        ).given_cutoffs()
 
 
 # The stages together

@@ -205,9 +205,6 @@ def test_recipes_are_read(recipe):
     if recipe.name.startswith(trainers):
         return  # by other commands; those that the documentation names are read by test_documented_commands
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    # Models and evaluation items that no clone has are opened when the arguments are read.
-    for name in ("perplexity_models", "keep_buckets", "decontaminate"):
-        content.pop(name, None)
     for kind in (SourceArguments, MixArguments, OutputArguments, ExecutionArguments):
         names = {field.name for field in dataclasses.fields(kind)} & content.keys()
         kind(**{name: content.pop(name) for name in names})

@@ -28,6 +28,7 @@ import yaml
 
 from .command_line import parse_arguments, plain_errors
 from .run_record import RunRecord, portable
+from .text_pipeline.decontamination import Decontaminate
 from .text_pipeline.execution import ExecutionArguments, Phase, PhaseError, run_phases
 from .text_pipeline.language_id import check_language_model
 from .text_pipeline.local_executor import prepare_process
@@ -38,6 +39,7 @@ from .text_pipeline.mixture_inputs import (
     open_fast_tokenizer,
     read_sources,
 )
+from .text_pipeline.perplexity import check_perplexity
 from .text_pipeline.reading import plan_tasks
 from .text_pipeline.reference_classifier import check_reference_model
 from .text_pipeline.report import LOGS, TALLIES, WriteReport
@@ -167,9 +169,11 @@ def prepare_sources(asked: Preparation) -> None:
 
 
 def check_models(source: SourceArguments) -> None:
-    """Raises ValueError where a model cannot be used; those of perplexity were opened with their arguments."""
+    """Raises ValueError, or ImportError for KenLM, where a model or an evaluation set cannot be used."""
     check_language_model(source)
+    check_perplexity(source)
     check_reference_model(source)
+    Decontaminate(source)  # reads the files
 
 
 def describe_input(tasks: list[list[str]]) -> dict[str, Any]:

@@ -60,8 +60,6 @@ class DecontaminationArguments:
                 f"chance) to {len(PLACES)}."
             )
         for file in map(Path, self.decontaminate):
-            if not file.is_file():
-                raise ValueError(f"--decontaminate names {file}, and there is no such file: give an existing one.")
             if file.suffix not in SUFFIXES:
                 raise ValueError(f"--decontaminate names {file}: give a file that ends in {', '.join(SUFFIXES)}.")
 
@@ -87,6 +85,8 @@ class Decontaminate(DocumentStage):
         self.file_names = _short_names([Path(file) for file in arguments.decontaminate])
         column = arguments.decontamination_column
         for file in arguments.decontaminate:
+            if not Path(file).is_file():
+                raise ValueError(f"--decontaminate names {file}, and there is no such file: give an existing one.")
             if not sum(map(bool, evaluation_items(Path(file), column))):
                 where = f" in a column {column!r}" if column else ""
                 raise ValueError(

@@ -71,12 +71,8 @@ class PerplexityArguments:
             raise ValueError(f"--keep_buckets has {unknown[0]!r}: choose among {', '.join(BUCKETS)}.")
         if not self.keep_buckets:
             raise ValueError(f"--keep_buckets is empty and would drop everything: choose among {', '.join(BUCKETS)}.")
-        if self.perplexity_models is None:
-            if set(self.keep_buckets) != set(BUCKETS):
-                raise ValueError("--keep_buckets needs perplexities: name a folder by --perplexity_models.")
-            return
-        self.given_cutoffs()
-        check_models(self.perplexity_models)
+        if self.perplexity_models is None and set(self.keep_buckets) != set(BUCKETS):
+            raise ValueError("--keep_buckets needs perplexities: name a folder by --perplexity_models.")
 
     def given_cutoffs(self) -> dict[str, list[float]] | None:
         """Language -> [head, tail] where they are given, and None where they are measured.
@@ -93,6 +89,13 @@ class PerplexityArguments:
         if not cutoffs:
             raise ValueError(f"--perplexity_cutoffs: {source} holds no cut-offs: expected {EXPECTED_CUTOFFS}.")
         return cutoffs
+
+
+def check_perplexity(arguments: PerplexityArguments) -> None:
+    """Raises ValueError, for the driver, where cut-offs or models cannot be used, and ImportError without KenLM."""
+    if arguments.perplexity_models is not None:
+        arguments.given_cutoffs()
+        check_models(arguments.perplexity_models)
 
 
 class ScorePerplexity(DocumentStage):
