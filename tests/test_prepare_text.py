@@ -182,6 +182,16 @@ def test_lines_that_source_files_share_stay(tmp_path):
     assert [row["text"] for row in kept_rows(prepared)] == files
 
 
+def test_one_value_of_a_recipe_is_a_list_of_one():
+    fields = {"quality_rules": "c4", "code_licenses": "MIT", "decontaminate": str(EVALUATION)}
+    arguments = SourceArguments(**fields)
+    assert {name: getattr(arguments, name) for name in fields} == {name: [value] for name, value in fields.items()}
+    off = SourceArguments(quality_rules=False, code_licenses=False)
+    assert (off.quality_rules, off.code_licenses) == ([], [])
+    with pytest.raises(ValueError, match="two rising numbers"):
+        SourceArguments(perplexity_percentiles=30)
+
+
 def test_a_field_that_a_recipe_cannot_have_is_refused(tmp_path):
     recipe = tmp_path / "source.yaml"
     recipe.write_text("dataset: small_crawl\nlanguagemodel: x\n")

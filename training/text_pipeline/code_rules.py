@@ -71,7 +71,7 @@ class CodeArguments:
     )
 
     def __post_init__(self):
-        if not self.code_licenses:
+        if self.code_licenses == []:
             raise ValueError("--code_licenses names none, so that all code would be dropped: name some, or say off.")
         if self.code_licenses in (["off"], False):  # what YAML makes of off
             self.code_licenses = []

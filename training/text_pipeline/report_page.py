@@ -177,7 +177,7 @@ def setting(value: Any) -> str:
     """An argument as a table shows it: a list's items, a dictionary's entries."""
     if isinstance(value, dict):
         value = [f"{name}: {item}" for name, item in value.items()]
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else str(value)
 
 
 def breakable(name: str) -> Markup:

@@ -11,6 +11,7 @@ from hub_cards.plots import HELD_OUT, STYLE, TRAINING, WIDE, save_figures, short
 from hub_cards.readable_numbers import count, quantity
 
 ROW_HEIGHT = 0.28  # inches
+MOST_LABELS = 14  # below an axis, without overlap
 
 
 def draw_pictures(funnel: list[dict[str, Any]], histograms: list[dict[str, Any]], folder: Path) -> dict[str, str]:
@@ -52,7 +53,8 @@ def length_figure(histogram: dict[str, Any]) -> Figure:
     for i, (name, color) in enumerate(zip(histogram["series"], (TRAINING, HELD_OUT), strict=True)):
         places = [place + (i - 0.5) * width for place in range(len(edges))]
         axes.bar(places, [values[i] for _, values in histogram["rows"]], width, color=color, label=name)
-    axes.set_xticks(range(len(edges)), [binary(int(edge)) for edge in edges])
+    every = -(-len(edges) // MOST_LABELS)
+    axes.set_xticks(range(0, len(edges), every), [binary(int(edge)) for edge in edges[::every]])
     axes.yaxis.set_major_formatter(EngFormatter())
     axes.legend()
     return figure

@@ -10,7 +10,7 @@
 A phase that has nothing to do is left out: where neither near-duplicates nor cut-offs are asked for, `filter` writes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from datatrove.pipeline.base import PipelineStep
@@ -99,6 +99,11 @@ class SourceArguments(
     """All that decides which documents come out of one source; checks of each part are its own."""
 
     def __post_init__(self):
+        # A recipe says `languages: en` as well as `[en]`; False is what YAML makes of off.
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if str(item.type).startswith("list[") and not (value is None or value is False or isinstance(value, list)):
+                setattr(self, item.name, [value])
         for part in reversed(type(self).__mro__[1:]):
             if "__post_init__" in vars(part):
                 part.__post_init__(self)
