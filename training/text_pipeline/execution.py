@@ -19,7 +19,7 @@ from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
-from .local_executor import LocalExecutor
+from .local_executor import LocalExecutor, start_fork_server
 from .ray_executor import RayExecutor, connect_to_ray
 from .slurm_executor import SlurmExecutor, check_no_job_left, save_jobs
 
@@ -87,6 +87,8 @@ def run_phases(phases: list[Phase], arguments: ExecutionArguments, logs: Path) -
         return _submit_phases(phases, arguments, logs)
     if arguments.executor == "ray":
         connect_to_ray()
+    elif arguments.workers != 1:
+        start_fork_server()
     for phase in phases:
         with _quiet():
             executor = _executor(phase, arguments, logs / phase.name)

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
@@ -30,11 +31,12 @@ class LocalExecutor(LocalPipelineExecutor):
             for rank in ranks:
                 self._run_task(rank)
             return
-        start_fork_server()
         context = multiprocessing.get_context("forkserver")
         with ProcessPoolExecutor(min(self.workers, len(ranks)), context, begin_worker) as pool:
             try:
-                for task in as_completed([pool.submit(self._run_task, rank) for rank in ranks]):
+                with interrupts_held():
+                    tasks = [pool.submit(self._run_task, rank) for rank in ranks]
+                for task in as_completed(tasks):
                     task.result()
             except BrokenProcessPool:
                 raise TaskError(
@@ -74,6 +76,19 @@ def start_fork_server() -> None:
     former = signal.signal(signal.SIGINT, signal.SIG_IGN)
     forkserver.ensure_running()
     signal.signal(signal.SIGINT, former)
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C within waits for the end: a worker that is half started could not be stopped."""
+    came = []
+    former = signal.signal(signal.SIGINT, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def begin_worker() -> None:
