@@ -15,9 +15,10 @@ were tuned to none. A seed is another initialisation and another draw of blocks;
 are those that a user types, their folders stay in `--folder`, and a second call goes on where the first stopped.
 
 What it does not show: the held-out text is of the kind that the perplexity model was trained on and that the crawl's
-articles are made of. "Clean" means "like Wikipedia's leads" throughout, and head is chosen to be like the test. The
-crawl is made: much of its raw text is in other languages than the test, or documents code; the last columns tell what
-each variant read. And the models see so few tokens that all are far from what they could learn.
+articles are made of. "Clean" means "like Wikipedia's leads" throughout, and head, which comes out as hardly more than
+those articles, is chosen to be like the test. The crawl is made: most of its raw text is in other languages than the
+test, or documents code; the last columns tell what each variant read. And the models see so few tokens that all are far
+from what they could learn.
 """
 
 import argparse
@@ -78,6 +79,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="trainings of each variant")
     parser.add_argument("--folder", type=Path, default=Path("runs/text_quality"), help="where everything is kept")
     arguments = parser.parse_args()
+    for path in (arguments.wheel, *arguments.html, arguments.language_model):
+        if not path.exists():
+            parser.error(f"there is no {path}: name what exists.")
 
     held_out = prepare(arguments)
     check_steps(arguments)
@@ -89,8 +93,11 @@ def main() -> None:
     sizes = {variant: describe(arguments.folder, variant) for variant in VARIANTS}
     rows = {variant: sizes[variant] | summarise(runs, variant) for variant in VARIANTS}
     print_rows(rows, runs)
-    tokens = f"{runs[0]['tokens']:,} tokens in {arguments.steps} steps"
-    print(f"{runs[0]['parameters']:,} parameters, {tokens}, {runs[0]['held_out_leads']} held-out leads")
+    tokens = [run["tokens"] for run in runs]
+    print(
+        f"{runs[0]['parameters']:,} parameters; {min(tokens):,} to {max(tokens):,} tokens in {arguments.steps} steps; "
+        f"{runs[0]['held_out_leads']} held-out leads of {runs[0]['held_out_bytes']:,} bytes"
+    )
     save(
         "text_quality",
         {
@@ -268,8 +275,8 @@ def print_rows(rows: dict[str, dict], runs: list[dict]) -> None:
         [
             [
                 variant,
-                f"{row['bits_per_byte']:.4f} ± {row.get('deviation', 0):.4f}",
-                f"{row['against_raw']:+.4f} ± {row.get('against_raw_deviation', 0):.4f}",
+                f"{row['bits_per_byte']:.4f}" + spread(row, "deviation"),
+                f"{row['against_raw']:+.4f}" + spread(row, "against_raw_deviation"),
                 " ".join(f"{value:.4f}" for value in bits(runs, variant)),
                 f"{row['documents']:,}",
                 f"{row['bytes'] / 1e6:.1f}",
@@ -278,6 +285,10 @@ def print_rows(rows: dict[str, dict], runs: list[dict]) -> None:
             for variant, row in rows.items()
         ],
     )
+
+
+def spread(row: dict, name: str) -> str:
+    return f" ± {row[name]:.4f}" if name in row else ""
 
 
 if __name__ == "__main__":
