@@ -1,6 +1,6 @@
 """The text pipeline on Slurm, which a script stands in for: the same bytes as here, and a failure that is told.
 
-Real Slurm and Ray run them by the recipes `web_slurm.yaml` and `web_ray.yaml`.
+How to run on a real cluster: the recipes `web_slurm.yaml` and `web_ray.yaml`.
 """
 
 import json
