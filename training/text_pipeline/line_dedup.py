@@ -60,7 +60,9 @@ class LineDedupArguments:
     )
     min_document_characters: int = field(
         default=300,
-        metadata={"help": "Documents with fewer characters after line_dedup (not where it is off) are dropped; CCNet's 300."},
+        metadata={
+            "help": "Documents with fewer characters after line_dedup are dropped, none where it is off; CCNet's 300."
+        },
     )
 
     def __post_init__(self):
