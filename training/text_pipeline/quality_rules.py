@@ -26,6 +26,7 @@ from .words import UNPUNCTUATED_WORDS, WORDS, n_gram_hashes
 
 # The cheapest first. C4's rules also drop lines, so FineWeb's, which look at the lines, come before.
 RULES = ("fineweb", "c4", "gopher_quality", "gopher_repetition")
+RULES_BY_WORDS = ("gopher_quality", "gopher_repetition")  # the slow ones; they leave texts as they are
 TOO_LONG_WORD = 1000  # characters: datatrove's default, as in the code of C4
 FULL_WIDTH_ONE = "\uff11"  # which datatrove takes for a symbol, as CCNet does
 # Languages, named as fastText's lid.176 names them, without a space between words: what `words` finds in them are not

@@ -3,9 +3,14 @@
     extract                read, extract, hash_lines; a task for each file, or for some small ones together
     check_reading          stops the run where too much could not be read
     find_duplicate_lines   in all of the input
-    filter                 line_dedup, language, rules, perplexity, reference, pii, decontamination, sign_documents
+    filter                 line_dedup, language, quick rules, reference, rules by words, perplexity, pii,
+                           decontamination, sign_documents
     find_near_duplicates, cluster_near_duplicates, measure_cutoffs
     write                  near_duplicates, bucket, documents/*.parquet
+
+The filters are in CCNet's order but for one: the reference classifier, which CCNet does not have, comes before what
+takes longer and drops less, the rules that look at every word and perplexity. So cut-offs that are measured are
+percentiles of the documents that the classifier left.
 
 A phase that has nothing to do is left out: where neither near-duplicates nor cut-offs are asked for, `filter` writes.
 """
@@ -32,7 +37,7 @@ from .near_duplicates import (
 from .perplexity import AssignBucket, MeasureCutoffs, PerplexityArguments, ScorePerplexity
 from .perplexity_model import find_models, only_language
 from .pii import MaskPii, PiiArguments
-from .quality_rules import QualityRuleArguments
+from .quality_rules import RULES_BY_WORDS, QualityRuleArguments
 from .reading import ReadArguments, ReadDocuments, check_bad_share
 from .reference_classifier import ReferenceArguments, ScoreReference
 from .report import TALLIES
@@ -53,17 +58,17 @@ WHAT = {
     "read_extracted": "Reads them.",
     "line_dedup": "Drops lines that occurred before, and documents of which too little is left.",
     "language": "Names the language, and drops the others and what is too uncertain.",
+    "fineweb": "FineWeb's rules of quality.",
     "c4": "C4's rules, by lines and by documents.",
+    "reference": "Drops what a classifier tells from pages that references point to.",
     "gopher_quality": "Gopher's rules of quality.",
     "gopher_repetition": "Gopher's rules of repetition.",
-    "fineweb": "FineWeb's rules of quality.",
     "code_license": "Drops source code under other licences than those to keep.",
     "code_quality": "Drops minified and generated code, and data that looks like code.",
     "code_headers": "Removes notices of licence and copyright from the head of a file.",
     "latex": "Removes comments, preamble and bibliography of papers, and writes their macros out.",
     "perplexity": "Scores documents by an n-gram model of reference text.",
     "perplexity_cutoffs": "Measures at which perplexities the buckets end.",
-    "reference": "Drops what a classifier tells from pages that references point to.",
     "pii": "Masks e-mail and IP addresses.",
     "decontamination": "Drops what shares n-grams with the evaluation sets.",
     "sign_documents": "Computes the MinHash signatures by which near-duplicates are found.",
@@ -171,11 +176,13 @@ def document_filters(arguments: SourceArguments, work: Path) -> list[DocumentSta
     stages: list[DocumentStage] = []
     if arguments.language_model:
         stages.append(IdentifyLanguage(arguments))
-    stages += source_rules(arguments.source_kind, arguments, arguments)
-    if arguments.perplexity_models:
-        stages.append(ScorePerplexity(arguments.perplexity_models, work / "perplexities"))
+    rules = source_rules(arguments.source_kind, arguments, arguments)
+    stages += [rule for rule in rules if rule.name not in RULES_BY_WORDS]
     if arguments.reference_model:
         stages.append(ScoreReference(arguments))
+    stages += [rule for rule in rules if rule.name in RULES_BY_WORDS]
+    if arguments.perplexity_models:
+        stages.append(ScorePerplexity(arguments.perplexity_models, work / "perplexities"))
     if arguments.mask_emails or arguments.mask_ips:
         stages.append(MaskPii(arguments))
     if arguments.decontaminate:
