@@ -13,7 +13,7 @@ from datatrove.utils.text import PUNCTUATION_SET
 
 from training.dataset_source import SAMPLE_DATA
 from training.text_pipeline.quality_rules import RULES, QualityRule, QualityRuleArguments, quality_rules
-from training.text_pipeline.words import UNPUNCTUATED_WORDS, WORDS
+from training.text_pipeline.words import FAMILIAR_WORD, UNFAMILIAR, UNPUNCTUATED_WORDS, WORD, WORDS
 
 DEFAULT_STAGES = quality_rules(QualityRuleArguments())
 
@@ -141,6 +141,15 @@ def test_quality_equals_datatrove(pages):
     assert len({reason for _, reason in results}) == 11  # all, and None
     # What lets a word that begins with a letter or a digit be none of datatrove's symbols.
     assert [character for character in PUNCTUATION_SET if character.isalnum()] == ["\uff11"]
+
+
+def test_words_of_familiar_characters_are_those_of_all():
+    """`re` and `regex` find the same words in what has only characters that the one is used for."""
+    characters = [character for character in map(chr, range(0x110000)) if not UNFAMILIAR.search(character)]
+    assert {"a", "7", "\n", "é", "’", "я", "€"} <= set(characters)
+    for character in characters:
+        text = f"a{character}1'{character} ’{character}b{character}"
+        assert FAMILIAR_WORD.findall(text) == WORD.findall(text), hex(ord(character))
 
 
 def test_c4_equals_datatrove(pages):
