@@ -169,6 +169,18 @@ def test_input_that_changed_is_refused(shards, tmp_path, monkeypatch, capsys, al
     assert "holds another run: dataset was" in one_sentence(capsys)
 
 
+def test_an_evaluation_set_that_changed_is_refused(shards, tmp_path, monkeypatch, capsys):
+    items, output = tmp_path / "items.txt", tmp_path / "run"
+    items.write_text("one item of an evaluation that has more than eight words\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_text, "run_phases", lambda *_: sys.exit(9))
+        assert prepare(patch, shards, output, "--decontaminate", str(items)) == 9
+    run_record.let_go(output)
+    items.write_text("another item of an evaluation, and it has more than eight words\n")
+    assert prepare(monkeypatch, shards, output, "--decontaminate", str(items)) == 2
+    assert "holds another run: models and evaluation sets was" in one_sentence(capsys)
+
+
 def test_two_drivers_are_not_in_one_folder(shards, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:

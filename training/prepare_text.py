@@ -118,8 +118,10 @@ def prepare(asked: Preparation) -> None:
         if left_out:
             print("Not read: " + ", ".join(f"{number} {suffix}" for suffix, number in left_out.items()), flush=True)
         check_models(asked.source)
-        inputs = describe_input(tasks)
+        inputs = describe_files([Path(file) for task in tasks for file in task])
         data = {"dataset": {"path": asked.source.dataset} | inputs}
+        if judges := judging_files(asked.source):
+            data["models and evaluation sets"] = describe_files(judges)
     decides = {name: value for name, value in asked.given.items() if name not in HOW}
     record = RunRecord.start(asked.folder, "prepare_text", decides, data)
     if record.finished:
@@ -176,12 +178,18 @@ def check_models(source: SourceArguments) -> None:
     Decontaminate(source)  # reads the files
 
 
-def describe_input(tasks: list[list[str]]) -> dict[str, Any]:
+def describe_files(files: list[Path]) -> dict[str, Any]:
     """Number and bytes of the files, and a hash of their names and sizes: what a run that goes on must find again."""
-    files = [Path(file) for task in tasks for file in task]
     sizes = [file.stat().st_size if file.exists() else 0 for file in files]  # a part of a Hub data set is no file
     named = "\n".join(f"{file.name} {size}" for file, size in zip(files, sizes, strict=True))
     return {"files": len(files), "bytes": sum(sizes), "fingerprint": hashlib.sha256(named.encode()).hexdigest()[:16]}
+
+
+def judging_files(source: SourceArguments) -> list[Path]:
+    """The files of the models, and of the evaluation sets."""
+    named = [source.language_model, source.perplexity_models, source.reference_model, *source.decontaminate]
+    paths = [Path(path) for path in named if path is not None]
+    return [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
 
 
 def describe_models(source: SourceArguments) -> list[dict[str, str]]:
