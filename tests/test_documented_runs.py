@@ -44,6 +44,7 @@ NOT_RUN = {
     "python -m training.text_pipeline.cited_urls": f"{ELSEWHERE}, test_reference_classifier.py",
     "python -m training.prepare_text --config training/recipes/text_pipeline/llama_mixture.yaml": NEEDS_DATA,
     "python -m training.prepare_text --config training/recipes/text_pipeline/web_": NEEDS_DATA,
+    "python -m training.pretrain_lm --dataset runs/text/llama_mixture/tokens": f"{ELSEWHERE}, test_token_data.py",
     "python -m training.crawl": f"{ELSEWHERE}, test_crawl.py, against a site of its own",
     "make test": WHOLE_SUITE,
     "make lint": WHOLE_SUITE,
