@@ -118,7 +118,8 @@ class LineFilter(C4QualityFilter):
     """datatrove's rules of C4, faster: words that are too long are looked for in the document before in each line."""
 
     def filter(self, document: Document) -> bool | tuple[bool, str]:
-        longest = max(map(len, document.text.split()), default=0)
+        long_lines = (line for line in document.text.splitlines() if len(line) > TOO_LONG_WORD)
+        longest = max((len(word) for line in long_lines for word in line.split()), default=0)
         self.max_word_length = TOO_LONG_WORD if longest > TOO_LONG_WORD else -1
         return super().filter(document)
 
@@ -182,9 +183,13 @@ class RepetitionFilter(GopherRepetitionFilter):
         word_numbers = np.fromiter(map(numbers.__getitem__, words), np.uint64, len(words))
         # Of all words up to each place.
         lengths = np.cumsum([0, *map(len, words)])
+        most = len(words)
         for n, limit in self.top_limits:
-            bound = _most_top_n_gram_characters(n_gram_hashes(word_numbers, n), lengths, n)
-            if bound > limit * characters and _top_n_gram_characters(words, n) > limit * characters:
+            longest = (lengths[n:] - lengths[:-n]).max(initial=0) + n - 1
+            # No n-gram is more frequent than a shorter one: the occurrences of those hold for all.
+            if most * longest > limit * characters:
+                most = np.unique(n_gram_hashes(word_numbers, n), return_counts=True)[1].max(initial=0)
+            if most * longest > limit * characters and _top_n_gram_characters(words, n) > limit * characters:
                 return False, f"top_{n}_gram"
         bound = None
         for n, limit in self.repeated_limits:
@@ -194,15 +199,6 @@ class RepetitionFilter(GopherRepetitionFilter):
             if bound > limit * characters and _repeated_n_gram_characters(words, n) > limit * characters:
                 return False, f"duplicated_{n}_n_grams"
         return True
-
-
-def _most_top_n_gram_characters(hashes: np.ndarray, lengths: np.ndarray, n: int) -> int:
-    """No less than `_top_n_gram_characters`: the most occurrences of an n-gram, as if they were of the longest."""
-    if not len(hashes):
-        return 0
-    _, counts = np.unique(hashes, return_counts=True)
-    longest = (lengths[n:] - lengths[:-n]).max() + n - 1
-    return int(counts.max() * longest)
 
 
 def _characters_in_repeated_n_grams(hashes: np.ndarray, lengths: np.ndarray, n: int) -> int:
