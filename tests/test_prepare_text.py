@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from training_runs import REPOSITORY, command, run
+from training_runs import REPOSITORY
 
 from training.dataset_source import SAMPLE_DATA
 from training.fasttext_training import save_classifier, train_classifier
@@ -20,6 +20,7 @@ from training.prepare_text import (
     SourceArguments,
     prepare,
 )
+from training.text_pipeline.local_executor import prepare_process
 
 LABELS = SAMPLE_DATA / "small_crawl_labels"
 RECIPES = sorted((REPOSITORY / "training/recipes/text_pipeline").glob("*.yaml"))
@@ -50,6 +51,7 @@ def options(language_model, **changes):
 
 def prepare_here(output_dir, given, workers=1):
     """In this process, which is a worker less to start."""
+    prepare_process()
 
     def part(kind, **more):
         names = {field.name for field in dataclasses.fields(kind)}
@@ -137,16 +139,13 @@ def comparable(folder):
     return report, files
 
 
-def test_two_workers_write_what_one_writes_and_a_finished_run_is_left_alone(prepared, language_model, tmp_path):
-    words = command("training.prepare_text", options(language_model, output_dir=tmp_path / "two", workers=2))
-    ended = run(words)
-    assert ended.returncode == 0, ended.stderr
-    assert comparable(tmp_path / "two") == comparable(prepared)
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "two").rglob("*") if file.is_file()}
-    again = run(words)
-    assert again.returncode == 0
-    assert "finished" in again.stdout
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "two").rglob("*") if file.is_file()} == before
+def test_two_workers_write_what_one_writes_and_a_finished_run_is_left_alone(prepared, language_model, tmp_path, capsys):
+    two = prepare_here(tmp_path / "two", options(language_model), workers=2)
+    assert comparable(two) == comparable(prepared)
+    before = {file: file.stat().st_mtime_ns for file in two.rglob("*") if file.is_file()}
+    prepare_here(two, options(language_model))
+    assert "finished" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in two.rglob("*") if file.is_file()} == before
 
 
 def test_documents_load_as_a_data_set_and_tokens_are_mixed_from_two_sources(prepared, tmp_path):
