@@ -12,12 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from training.crawl import CrawlArguments
 from training.text_pipeline.reading import ReadArguments, ReadDocuments
-from training.text_pipeline.spider import CrawlArguments
 
 CRAWL = """
 import json, sys
-from training.text_pipeline.spider import CrawlArguments, crawl
+from training.crawl import CrawlArguments
+from training.text_pipeline.spider import crawl
 statistics = crawl(CrawlArguments(**json.loads(sys.argv[1])))
 print(json.dumps({name: value for name, value in statistics.items() if isinstance(value, int | str)}))
 """
