@@ -47,14 +47,13 @@ def main() -> None:
     rounds, dataset = arguments.pop("rounds"), arguments.pop("dataset")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        size = min(file.stat().st_size for file in sorted(Path().glob(dataset) if "*" in dataset else [Path(dataset)]))
-        common = {"task_bytes": size}
+        common = {"task_bytes": 1}  # a task for each file
         extracted = prepare(folder / "extracted", {"dataset": dataset} | NOTHING | common, 2)
         wet = write_wet(folder / "extracted" / "documents", folder / "wet")
         ccnet = {name: arguments[name] for name in ("language_model", "languages", "perplexity_models")}
         pipelines = {
             "whole": {"dataset": dataset} | arguments | common,
-            "ccnet": {"dataset": str(wet), "task_bytes": 1} | NOTHING | {"line_dedup": "keep_first"} | ccnet,
+            "ccnet": {"dataset": str(wet)} | common | NOTHING | {"line_dedup": "keep_first"} | ccnet,
         }
         reports: dict[str, dict[int, list[dict]]] = {name: {1: [], 2: []} for name in pipelines}
         for i in range(rounds):

@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument(
         "--bytes_per_hash",
         type=float,
-        default=24,
+        default=12,
         help="peak memory of comparing, as benchmarks.line_dedup measures it",
     )
     parser.add_argument("--cores", type=int, nargs="+", default=[100, 1000, 5000])
