@@ -1,14 +1,13 @@
 """Training commands as a user runs them, each in a process of its own: run, killed, and read from their run folder."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from command_process import run_words, start_words
+from command_process import run_words
 
 REPOSITORY = Path(__file__).parent.parent
 SECONDS = 600  # of patience: a machine may be busy with more than the tests
@@ -49,14 +48,13 @@ def run(words):
 
 def kill_when_there(words, awaited, delay=0.0):
     """Starts a command and kills it `delay` seconds after the path `awaited` appeared."""
-    nowhere = Path(os.devnull)
-    process = start_words(words, REPOSITORY, nowhere, nowhere)
+    process = subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + SECONDS
-    while not awaited.exists() and process.is_alive() and time.monotonic() < deadline:
+    while not awaited.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(delay)
     process.kill()
-    process.join()
+    process.wait()  # for it alone: pipes would be held open by the workers that it leaves behind
 
 
 def losses(folder):

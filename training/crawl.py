@@ -59,10 +59,10 @@ class CrawlArguments:
 
 def main() -> None:
     with plain_errors():
+        arguments, _ = parse_arguments(CrawlArguments, description=__doc__)
         # Not above: where Scrapy's zope.interface has been imported, Gradio makes no page any more.
         from .text_pipeline.spider import crawl
 
-        arguments, _ = parse_arguments(CrawlArguments, description=__doc__)
         statistics = crawl(arguments)
     counts = {
         "pages": "bounds/pages",
