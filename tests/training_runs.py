@@ -36,8 +36,8 @@ def accelerate_two_processes():
 
 
 def is_plain(words):
-    """Whether it is a command of ours without a launcher."""
-    return words[1] == "-m" and words[2].startswith("training.")
+    """Whether it is a command of ours without a launcher, and without workers, for which a fork waits for minutes."""
+    return words[1] == "-m" and words[2].startswith("training.") and "--dataloader_num_workers" not in words
 
 
 def run(words):
