@@ -32,13 +32,10 @@ def run_words(words: list[str], folder: Path, seconds: float = 600) -> Completed
     """What `subprocess.run(words, cwd=folder, capture_output=True, text=True)` returns for PYTHON -m MODULE ..."""
     with tempfile.TemporaryDirectory() as logs:
         logs = Path(logs)
-        code = _end(start_words(words, folder, logs / "stdout", logs / "stderr"), seconds)
+        process = _start(_as_main, (words[2], words[3:]), folder, logs / "stdout", logs / "stderr")
+        code = _end(process, seconds)
         out, err = ((logs / name).read_text(encoding="utf-8", errors="replace") for name in ("stdout", "stderr"))
     return CompletedProcess(words, code, out, err)
-
-
-def start_words(words: list[str], folder: Path, out: Path, err: Path) -> multiprocessing.Process:
-    return _start(_as_main, (words[2], words[3:]), folder, out, err)
 
 
 def run_module(module: str, arguments: list[str], folder: Path, seconds: float = 600) -> tuple[int | None, str]:

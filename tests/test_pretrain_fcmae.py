@@ -163,7 +163,6 @@ def test_the_folder_opens_where_hf_models_is_not_installed(finished, tmp_path):
     assert {path.suffix for path in finished.iterdir() if path.is_file()} == {".json", ".py", ".safetensors", ".md"}
 
 
-@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_it_gives_the_same_losses_to_the_bit(images, finished, tmp_path):
     """Crops, flips and masks included, and with the images read by two workers that live through all epochs."""
     folder = tmp_path / "killed"
